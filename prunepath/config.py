@@ -1,0 +1,65 @@
+"""The one configuration of a conversion."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from prunepath.errors import PrunePathError
+
+PARTITIONS = ("coactivation", "weights", "contiguous", "random")
+BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
+
+
+@dataclasses.dataclass
+class PrunePathConfig:
+    """How a dense model becomes a sparse one. Every field is stored in the checkpoint.
+
+    Args:
+        num_experts: experts E of every FFN; must divide its intermediate size D.
+        partition: how neurons are grouped: `coactivation`, `weights`, `contiguous` or `random`.
+        center: whether a skipped expert contributes its mean over the calibration data instead of zero. None measures
+            both on the calibration data and keeps the better.
+        min_experts: experts that always run, per token.
+        max_experts: experts that run at most, per token; 0 means all.
+        seed: of the partition and of the router's initial weights.
+        sequence_length: tokens of one calibration window.
+        partition_tokens: calibration tokens whose activations group the neurons and give their means.
+        router_tokens: calibration tokens that the routers train on, each seen once.
+        router_learning_rate: peak learning rate of the routers' AdamW, in units of logits per normalised input.
+        calibration_tokens: tokens, held out from router training, that turn budgets into thresholds.
+        backend: `auto`, or one of `triton`, `cuda`, `cpu`, `reference`.
+    """
+
+    num_experts: int = 64
+    partition: str = "coactivation"
+    center: bool | None = None
+    min_experts: int = 1
+    max_experts: int = 0
+    seed: int = 0
+    sequence_length: int = 256
+    partition_tokens: int = 4096
+    router_tokens: int = 131072
+    router_learning_rate: float = 0.01
+    calibration_tokens: int = 8192
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.partition not in PARTITIONS:
+            raise PrunePathError(f"partition must be one of {', '.join(PARTITIONS)}, got {self.partition!r}.")
+        if self.backend not in BACKENDS:
+            raise PrunePathError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
+        for name in ("num_experts", "min_experts", "sequence_length", "partition_tokens", "calibration_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PrunePathError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if self.router_tokens < 0:
+            raise PrunePathError(f"router_tokens must be at least 0, got {self.router_tokens!r}.")
+        if self.min_experts > self.num_experts:
+            raise PrunePathError(
+                f"min_experts must be at most num_experts = {self.num_experts}, got {self.min_experts}."
+            )
+        if self.max_experts != 0 and not self.min_experts <= self.max_experts <= self.num_experts:
+            raise PrunePathError(
+                f"max_experts must be 0 (all) or from min_experts = {self.min_experts} to num_experts = "
+                f"{self.num_experts}, got {self.max_experts}."
+            )
