@@ -1,8 +1,8 @@
 """PEP 517 backend: setuptools, which asks for torch only where the host has no usable torch headers.
 
-The native libraries need torch's headers and link libraries, never a running torch. Under pip's build isolation
-`import torch` fails even where torch is installed, and listing torch in `build-system.requires` would download a
-second one, so the host's is looked for as a folder.
+The native libraries need torch's headers and link libraries, never a running torch. Under pip's build
+isolation `import torch` fails even where torch is installed, and listing torch in `build-system.requires`
+would download a second one, so the host's is looked for as a folder.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def find_torch() -> Path | None:
         if version is None or version < MIN_TORCH:
             came = "no stable-ABI headers" if version is None else "torch " + ".".join(map(str, version))
             raise SystemExit(
-                f"PRUNEPATH_TORCH_DIR must be the folder of a torch package of version 2.11 or newer (the one with "
-                f"include/ and lib/ in it), but {chosen} has {came}."
+                f"PRUNEPATH_TORCH_DIR must be the folder of a torch package of version 2.11 or newer (the "
+                f"one with include/ and lib/ in it), but {chosen} has {came}."
             )
         return Path(chosen).resolve()
     for folder in _site_folders():
@@ -47,7 +47,7 @@ def find_torch() -> Path | None:
 
 
 def torch_header_version(torch_dir: Path) -> tuple[int, int, int] | None:
-    """(major, minor, patch) of the headers under a torch package's folder; None without stable-ABI headers."""
+    """(major, minor, patch) of the headers in a torch package's folder; None without stable-ABI headers."""
     include = torch_dir / "include" / "torch"
     try:
         text = (include / "headeronly" / "version.h").read_text()
@@ -60,7 +60,7 @@ def torch_header_version(torch_dir: Path) -> tuple[int, int, int] | None:
 
 
 def find_cxx() -> str:
-    """The C++ compiler's path: $CXX, else the first of c++, g++ and clang++. Ends the build where there is none."""
+    """The C++ compiler's path: $CXX, else the first of c++, g++ and clang++. Without one, ends the build."""
     chosen = os.environ.get("CXX")
     for name in [shlex.split(chosen)[0]] if chosen else ["c++", "g++", "clang++"]:
         path = shutil.which(name)
@@ -85,7 +85,7 @@ def get_requires_for_build_editable(config_settings=None) -> list[str]:
 
 def _site_folders() -> Iterator[str]:
     yield from sys.path
-    # pip's isolated build runs this interpreter with site-packages taken off sys.path; sysconfig still names it.
+    # pip's isolated build runs this interpreter with site-packages off sys.path; sysconfig still names it.
     yield from {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     # `build` and uv isolate with a virtual environment of their own: the active one and the base interpreter
     # are where the user's torch is.

@@ -1,7 +1,7 @@
 """Builds the native libraries with CMake and Ninja; the metadata is in pyproject.toml. Never imports torch.
 
-Environment: PRUNEPATH_TORCH_DIR (folder of a torch package), PRUNEPATH_CUDA (0: no CUDA library, 1: required),
-PRUNEPATH_BUILD_DIR (keep CMake's folder there for incremental builds), CXX, CUDACXX, CUDAARCHS, CMAKE_ARGS.
+Environment: PRUNEPATH_TORCH_DIR (folder of a torch package), PRUNEPATH_CUDA (0: no CUDA library, 1: must be),
+PRUNEPATH_BUILD_DIR (keeps CMake's folder, for incremental builds), CXX, CUDACXX, CUDAARCHS, CMAKE_ARGS.
 """
 
 import atexit
@@ -37,18 +37,18 @@ def find_nvcc() -> str | None:
         raise SystemExit(f"PRUNEPATH_CUDA must be 0, 1 or auto, got {wanted!r}.")
     if wanted == "0" or not any((ROOT / "csrc" / "cuda").glob("*.cu")):
         return None
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    homes = filter(None, [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")])
     names = [
         os.environ.get("CUDACXX"),
-        *(f"{home}/bin/nvcc" for home in homes[:2] if home),
+        *(f"{home}/bin/nvcc" for home in homes),
         "nvcc",
-        f"{homes[2]}/bin/nvcc",
+        "/usr/local/cuda/bin/nvcc",
     ]
-    nvcc = next(filter(None, (shutil.which(name) for name in names if name)), None)
+    nvcc = next(filter(None, map(shutil.which, filter(None, names))), None)
     if nvcc is None and wanted == "1":
         raise SystemExit(
-            "PRUNEPATH_CUDA=1 asks for the CUDA library, but nvcc was found neither in $CUDACXX, $CUDA_HOME/bin nor on "
-            "PATH; install the CUDA toolkit (12 or newer) or point CUDACXX at its nvcc."
+            "PRUNEPATH_CUDA=1 asks for the CUDA library, but nvcc was found neither in $CUDACXX, $CUDA_HOME "
+            "nor on PATH; install the CUDA toolkit (12 or newer) or point CUDACXX at its nvcc."
         )
     return nvcc
 
@@ -74,19 +74,19 @@ class CMakeBuild(build_ext):
         torch_dir = find_torch()
         if torch_dir is None:
             raise SystemExit(
-                "Building PrunePath needs torch's headers (2.11 or newer), and no installed torch was found; install "
-                "torch, point PRUNEPATH_TORCH_DIR at its folder, or let pip isolate the build."
+                "Building PrunePath needs torch's headers (2.11 or newer), and no installed torch was found; "
+                "install torch, point PRUNEPATH_TORCH_DIR at its folder, or let pip isolate the build."
             )
         python_include = sysconfig.get_path("include")
         if not Path(python_include, "Python.h").exists():
             raise SystemExit(
-                f"Building PrunePath needs Python's headers, but {python_include}/Python.h does not exist; install them "
-                f"(Debian, Ubuntu: apt install python3-dev)."
+                f"Building PrunePath needs Python's headers, but {python_include}/Python.h does not exist; "
+                f"install them (Debian, Ubuntu: apt install python3-dev)."
             )
         import pybind11
 
         nvcc = find_nvcc()
-        # A folder left in the tree would cache the path of an isolated build's Ninja, which is deleted with it.
+        # A folder left in the tree caches the path of an isolated build's Ninja, which is deleted with it.
         build_dir = os.environ.get("PRUNEPATH_BUILD_DIR") or temporary_folder("prunepath-cmake-")
         cmake = find_tool("cmake", "CMAKE_BIN_DIR")
         configure = [
@@ -118,18 +118,15 @@ class CMakeBuild(build_ext):
 
 
 class CleanBuild(build):
-    """Assembles wheels in a temporary folder: files left in build/ by an earlier build would be packed too."""
+    """Assembles wheels in a temporary folder: what earlier builds left in build/ would be packed too."""
 
     def initialize_options(self) -> None:
         super().initialize_options()
         self.build_base = temporary_folder("prunepath-build-")
 
 
-names = [
-    *(["_C"] if Path(ROOT, "csrc/ops.cpp").exists() else []),
-    "_host",
-    *(["_C_cuda"] if find_nvcc() else []),
-]
+names = ["_C", "_host", *(["_C_cuda"] if find_nvcc() else [])]
+
 setup(
     packages=[
         *find_packages(include=["prunepath", "prunepath.*"]),

@@ -36,7 +36,9 @@ def load() -> None:
     if _error is not None:
         _cuda_error = _error
     elif torch.version.cuda is None:
-        _cuda_error = f"PrunePath's library _C_cuda needs a CUDA build of torch, and torch {torch.__version__} is not one."
+        _cuda_error = (
+            f"PrunePath's library _C_cuda needs a CUDA build of torch, got torch {torch.__version__}."
+        )
     else:
         _cuda_error = _load_library("_C_cuda")
 
