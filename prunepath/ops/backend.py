@@ -1,0 +1,111 @@
+"""Which implementation of the operators a module uses, chosen once when it is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from prunepath import native
+from prunepath.errors import BackendError
+from prunepath.ops import reference
+
+NAMES = ("triton", "cuda", "cpu", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """The operators of one implementation; each callable has the signature of `prunepath.ops`."""
+
+    name: str
+    route: Callable
+    sparse_ffn: Callable
+    routed_ffn: Callable
+
+
+def backends() -> dict[str, str]:
+    """Every backend's name, with `available` or one sentence saying why it is not."""
+    return {name: _missing(name) or "available" for name in NAMES}
+
+
+def resolve_backend(name: str, device: torch.device) -> Backend:
+    """The backend called `name` for tensors on `device`.
+
+    `auto` is `cpu` on a CPU and `cuda` on a GPU. On a GPU without PrunePath's CUDA library it is `reference`, with a warning.
+
+    Raises:
+        BackendError: there is no such backend, or it is not available here or for this device.
+        NativeLibraryError: `auto` or `cpu`, and the compiled library did not load.
+    """
+    device = torch.device(device)
+    if name == "auto":
+        name = _automatic(device)
+    if name not in NAMES:
+        raise BackendError(f"Expected a backend out of auto, {', '.join(NAMES)}, got {name!r}.")
+    if name == "cpu":
+        native.require()
+    reason = _missing(name)
+    if reason is not None:
+        raise BackendError(reason)
+    if name in ("cpu", "cuda") and device.type != name:
+        raise BackendError(f"The backend {name} works on {name} tensors, got the device {device}.")
+    if name == "triton" and device.type != "cuda" and not _interpreting():
+        raise BackendError(f"The backend triton works on cuda tensors, got the device {device}.")
+    if name == "reference":
+        return Backend(name, reference.route, reference.sparse_ffn, reference.routed_ffn)
+    ops = torch.ops.prunepath
+    if name == "triton":
+        return _triton()
+    return Backend(name, ops.route, ops.sparse_ffn.default, ops.routed_ffn.default)
+
+
+def _automatic(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda":
+        raise BackendError(f"No backend was made for the device {device}; reference works on any device.")
+    reason = native.cuda_error()
+    if reason is not None:
+        warnings.warn(f"The pure-torch reference is used on {device}. {reason}", stacklevel=3)
+        return "reference"
+    return "cuda"
+
+
+def _missing(name: str) -> str | None:
+    """Why a backend is not available, as one sentence, or None."""
+    if name == "cpu":
+        return native.error()
+    if name == "cuda":
+        if native.cuda_error() is not None:
+            return native.cuda_error()
+        return None if torch.cuda.is_available() else "The backend cuda needs a GPU, and torch sees none."
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "The backend triton needs the package triton: pip install triton."
+        if not torch.cuda.is_available() and not _interpreting():
+            return "The backend triton needs a GPU, and torch sees none."
+    return None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton() -> Backend:
+    from prunepath.triton_kernels.route import route
+
+    def routed_ffn(x, router_weight, router_bias, threshold, w_in, w_out, activation, **options):
+        """Triton has the routing; the rest is the reference."""
+        limits = {name: options.pop(name) for name in ("min_experts", "max_experts") if name in options}
+        logits = x.float() @ router_weight.float().t()
+        if router_bias is not None:
+            logits = logits + router_bias.float()
+        expert_ids, _, counts = route(logits, threshold, **limits)
+        y = reference.sparse_ffn(x, w_in, w_out, expert_ids, counts, activation, **options)
+        return y, counts
+
+    return Backend("triton", route, reference.sparse_ffn, routed_ffn)

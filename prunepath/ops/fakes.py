@@ -1,0 +1,109 @@
+"""Shapes and dtypes of the operators' outputs, so that torch.compile and meta tensors know them without a kernel.
+
+They read shapes and ints alone, never a tensor's values. Also here: what the dispatcher has to know from Python.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunepath import native
+from prunepath.ops import reference
+
+_OPS = ("route", "route.tensor", "pack_experts", "unpack_experts", "sparse_ffn", "routed_ffn")
+_OUT_OPS = ("route.out", "route.tensor_out", "pack_experts.out", "unpack_experts.out", "sparse_ffn.out", "routed_ffn.out")
+_library: torch.library.Library | None = None
+
+
+def register() -> None:
+    """Registers the fakes and the CUDA fallbacks, once. The schemas have to be there."""
+    global _library
+    if _library is not None:
+        return
+    _library = torch.library.Library("prunepath", "IMPL")
+    fakes = (_route, _route, _pack_experts, _unpack_experts, _sparse_ffn, _routed_ffn)
+    for name, fake in zip(_OPS, fakes, strict=True):
+        torch.library.register_fake(f"prunepath::{name}", fake, lib=_library)
+    for name in _OUT_OPS:
+        torch.library.register_fake(f"prunepath::{name}", lambda *args, **kwargs: None, lib=_library)
+    for name in (*_OPS, *_OUT_OPS):
+        # Inference only: outputs carry no gradient instead of a wrong one.
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    if torch.version.cuda is not None:
+        _register_cuda_references()
+
+
+def _route(logits, threshold, *, min_experts=1, max_experts=0):
+    num_tokens, num_experts = logits.shape
+    columns = max_experts or num_experts
+    return (
+        logits.new_empty((num_tokens, columns), dtype=torch.int32),
+        logits.new_empty((num_tokens, columns), dtype=torch.float32),
+        logits.new_empty((num_tokens,), dtype=torch.int32),
+    )
+
+
+def _pack_experts(gate, up, down, num_experts):
+    intermediate_size, hidden_size = up.shape
+    torch._check(
+        intermediate_size % num_experts == 0,
+        lambda: f"prunepath::pack_experts: expected num_experts to divide {intermediate_size}, got {num_experts}.",
+    )
+    width = intermediate_size // num_experts
+    per_neuron = 1 if gate is None else 2
+    return (
+        up.new_empty((num_experts, width, per_neuron, hidden_size)),
+        up.new_empty((num_experts, width, hidden_size)),
+    )
+
+
+def _unpack_experts(w_in, w_out):
+    num_experts, width, per_neuron, hidden_size = w_in.shape
+    inputs = [w_in.new_empty((num_experts * width, hidden_size)) for _ in range(per_neuron)]
+    return [*inputs, w_in.new_empty((hidden_size, num_experts * width))]
+
+
+def _sparse_ffn(x, w_in, w_out, expert_ids, counts, activation, *, b_in=None, b_out=None, center=None):
+    return x.new_empty(x.shape)
+
+
+def _routed_ffn(x, router_weight, router_bias, threshold, w_in, w_out, activation, **options):
+    return x.new_empty(x.shape), x.new_empty((x.shape[0],), dtype=torch.int32)
+
+
+def _register_cuda_references() -> None:
+    names = ["sparse_ffn", "routed_ffn"]
+    if native.cuda_error() is not None:
+        names += ["route", "route.tensor", "pack_experts", "unpack_experts"]
+    for name in names:
+        function = torch.no_grad()(getattr(reference, name.split(".")[0]))
+        _library.impl(name, function, "CUDA")
+        out_name = "route.tensor_out" if name == "route.tensor" else f"{name}.out"
+        _library.impl(out_name, _copying(function), "CUDA")
+
+
+def _copying(function):
+    """The `.out` overload of a reference: its results copied to the keyword tensors that the schema names."""
+
+    def out_function(*args, workspace: Tensor | None = None, **options):
+        names = _output_names(function)
+        outputs = [options.pop(name, None) for name in names]
+        results = function(*args, **options)
+        results = [results] if isinstance(results, Tensor) else list(results)
+        if "gate" in names and len(results) == 2:  # no gate
+            outputs = outputs[1:]
+        for output, result in zip(outputs, results, strict=True):
+            output.copy_(result)
+
+    return out_function
+
+
+def _output_names(function) -> tuple[str, ...]:
+    return {
+        "route": ("expert_ids", "probs", "counts"),
+        "pack_experts": ("w_in", "w_out"),
+        "unpack_experts": ("gate", "up", "down"),
+        "sparse_ffn": ("y",),
+        "routed_ffn": ("y", "counts"),
+    }[function.__name__]

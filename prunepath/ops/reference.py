@@ -1,0 +1,211 @@
+"""The operators in plain torch, for any device: the ground truth that every kernel is tested against.
+
+They read like the paper's formulas (arXiv 2605.28283), check little, and are slow: the FFNs compute every expert and
+mask what was not selected. The shapes and dtypes are those of `prunepath.ops`; the FFNs take float64 too.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOG2_E = 1.44269502162933349609375  # log2(e) rounded to float32
+# 2^-f for f in [0, 1) as a polynomial of f, coefficients in Q30, constant term first.
+EXP2_COEFFICIENTS = (1073741694, -744255587, 257885219, -59368625, 9885125, -1017037)
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+def mass(logits: Tensor) -> Tensor:
+    """Integer softmax mass q of each expert, about 2^30·exp(z − max z); int64 [T, E].
+
+    An integer, so that sums do not depend on their order. A row with a NaN counts as a row of equal logits.
+    """
+    z = _routed_logits(logits)
+    largest = z.amax(-1, keepdim=True)
+    t = torch.where(z == largest, 0.0, (largest - z) * LOG2_E)
+    u = (t.clamp(max=30.0) * 2.0**20).to(torch.int64)
+    k, f = u >> 20, u & (2**20 - 1)
+    a = torch.full_like(f, EXP2_COEFFICIENTS[-1])
+    for coefficient in EXP2_COEFFICIENTS[-2::-1]:
+        a = ((a * f) >> 20) + coefficient
+    return a >> k
+
+
+def mass_before(logits: Tensor) -> Tensor:
+    """Share of the mass that comes before each expert, float64 [T, E], in expert order.
+
+    Experts come in order of descending logit, ties by index. An expert is active at a threshold τ < 1 iff its mass
+    before is less than τ (`route` compares mass with τ·total, which rounds differently in the last bit). A row with a
+    NaN has zero before every expert.
+    """
+    order = _order(logits)
+    q = mass(logits)
+    sorted_q = q.gather(1, order)
+    before = torch.empty_like(q).scatter_(1, order, sorted_q.cumsum(1) - sorted_q)
+    before = before.to(torch.float64) / q.sum(1, keepdim=True)
+    return before.masked_fill(_has_nan(logits), 0.0)
+
+
+def route(
+    logits: Tensor, threshold: float | Tensor, *, min_experts: int = 1, max_experts: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Top-mass routing; see `prunepath.ops.route`."""
+    num_tokens, num_experts = logits.shape
+    _check_limits(num_experts, min_experts, max_experts)
+    columns = max_experts or num_experts
+    tau = _threshold_column(threshold, num_tokens, logits.device)
+
+    order = _order(logits)
+    q = mass(logits).gather(1, order)  # most mass first from here on
+    total = q.sum(1, keepdim=True)
+    before = q.cumsum(1) - q
+    needed = before.to(torch.float64) < tau.to(torch.float64) * total.to(torch.float64)
+    needed = needed | ~(tau < 1.0) | _has_nan(logits)
+    counts = needed.sum(1, keepdim=True).clamp(min_experts, columns)
+    probs = (q.to(torch.float64) / total.to(torch.float64)).to(torch.float32)
+
+    inactive = torch.arange(columns, device=logits.device) >= counts
+    expert_ids = order[:, :columns].to(torch.int32).masked_fill(inactive, -1)
+    return expert_ids, probs[:, :columns].masked_fill(inactive, 0.0), counts[:, 0].to(torch.int32)
+
+
+def pack_experts(gate: Tensor | None, up: Tensor, down: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Weights of an FFN as spans of experts; see `prunepath.ops.pack_experts`."""
+    hidden_size, width = up.shape[1], up.shape[0] // num_experts
+    inputs = [up] if gate is None else [gate, up]
+    w_in = torch.stack(inputs, 1).reshape(num_experts, width, len(inputs), hidden_size)
+    w_out = down.t().reshape(num_experts, width, hidden_size)
+    return w_in.clone(memory_format=torch.contiguous_format), w_out.clone(memory_format=torch.contiguous_format)
+
+
+def unpack_experts(w_in: Tensor, w_out: Tensor) -> list[Tensor]:
+    """The inverse of `pack_experts`: (gate, up, down) or (up, down)."""
+    inputs = w_in.flatten(0, 1).unbind(1)
+    down = w_out.flatten(0, 1).t()
+    return [weight.clone(memory_format=torch.contiguous_format) for weight in (*inputs, down)]
+
+
+def sparse_ffn(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    expert_ids: Tensor,
+    counts: Tensor,
+    activation: str,
+    *,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    center: Tensor | None = None,
+) -> Tensor:
+    """y = b_out + Σ over active experts e of w_out[e]·(h_e − center[e]); see `prunepath.ops.sparse_ffn`."""
+    active = _active_mask(expert_ids, counts, w_in.shape[0])
+    return _masked_ffn(x, w_in, w_out, active, activation, b_in, b_out, center)
+
+
+def routed_ffn(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    threshold: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    activation: str,
+    *,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    center: Tensor | None = None,
+    min_experts: int = 1,
+    max_experts: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Router, top-mass selection and FFN; see `prunepath.ops.routed_ffn`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits = x.to(wide) @ router_weight.to(wide).t()
+    if router_bias is not None:
+        logits = logits + router_bias.to(wide)
+    expert_ids, _, counts = route(logits, threshold, min_experts=min_experts, max_experts=max_experts)
+    y = sparse_ffn(x, w_in, w_out, expert_ids, counts, activation, b_in=b_in, b_out=b_out, center=center)
+    return y, counts
+
+
+def _has_nan(logits: Tensor) -> Tensor:
+    return logits.isnan().any(1, keepdim=True)
+
+
+def _routed_logits(logits: Tensor) -> Tensor:
+    """The logits in float32, zero in rows that have a NaN, and with +0 for −0 so that the two are a tie."""
+    return logits.to(torch.float32).masked_fill(_has_nan(logits), 0.0) + 0.0
+
+
+def _order(logits: Tensor) -> Tensor:
+    return _routed_logits(logits).sort(dim=1, descending=True, stable=True).indices
+
+
+def _check_limits(num_experts: int, min_experts: int, max_experts: int) -> None:
+    if not 1 <= min_experts <= num_experts:
+        raise RuntimeError(
+            f"route: expected min_experts from 1 to the number of experts, {num_experts}, got {min_experts}."
+        )
+    if max_experts != 0 and not min_experts <= max_experts <= num_experts:
+        raise RuntimeError(
+            f"route: expected max_experts to be 0 (all) or from min_experts, {min_experts}, to the number of "
+            f"experts, {num_experts}, got {max_experts}."
+        )
+
+
+def _threshold_column(threshold: float | Tensor, num_tokens: int, device: torch.device) -> Tensor:
+    """The threshold as float32 [T, 1] or [1, 1]. Values are checked, except on a device where that would be a sync."""
+    given = isinstance(threshold, Tensor)
+    tau = threshold if given else torch.tensor(threshold, dtype=torch.float32)
+    if tau.dtype != torch.float32 or tau.shape not in ((), (num_tokens,)):
+        raise RuntimeError(
+            f"route: expected threshold float32 of shape [] or [T] = [{num_tokens}], got {tau.dtype} of shape "
+            f"{list(tau.shape)}."
+        )
+    if tau.device.type == "cpu" and not bool((tau.isfinite() & (tau > 0)).all()):
+        raise RuntimeError(
+            f"route: expected threshold to be finite and greater than 0 in float32, got {threshold}."
+        )
+    return tau.to(device).reshape(-1, 1)
+
+
+def _active_mask(expert_ids: Tensor, counts: Tensor, num_experts: int) -> Tensor:
+    """bool [T, E] from the selected experts [T, K] and their counts [T]."""
+    num_tokens, columns = expert_ids.shape
+    selected = torch.arange(columns, device=counts.device) < counts[:, None]
+    ids = expert_ids.to(torch.int64).masked_fill(~selected, num_experts)
+    mask = torch.zeros(num_tokens, num_experts + 1, dtype=torch.bool, device=ids.device)
+    return mask.scatter_(1, ids, True)[:, :num_experts]
+
+
+def _masked_ffn(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    active: Tensor,
+    activation: str,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    center: Tensor | None,
+) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    pre = torch.einsum("th,engh->teng", x.to(wide), w_in.to(wide))
+    if b_in is not None:
+        pre = pre + b_in.to(wide)
+    h = ACTIVATIONS[activation](pre[..., 0])
+    if w_in.shape[2] == 2:  # gate and up
+        h = h * pre[..., 1]
+    if center is not None:
+        h = h - center.to(wide)
+    h = h.masked_fill(~active[:, :, None], 0.0)
+    y = torch.einsum("ten,enh->th", h, w_out.to(wide))
+    if b_out is not None:
+        y = y + b_out.to(wide)
+    return y.to(x.dtype)
