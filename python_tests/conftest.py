@@ -1,0 +1,40 @@
+"""Settings of every test: poisoned allocations, few threads, and the `gpu` marker."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+# xdist runs one worker a core. Two threads each still exercise the parallel code.
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_allocations():
+    """Fills every uninitialised tensor with NaN (integers: their maximum), so that an unwritten output shows.
+
+    It holds in ATen's own `empty`, which the C++ operators allocate with, too. Tensors that a test hands to
+    an `.out` overload are its own: `torch.empty` poisons them, `torch.zeros` would hide an unwritten output.
+    """
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA GPU: torch.cuda.is_available() is False")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+def pytest_report_header():
+    spec = importlib.util.find_spec("prunepath")
+    return f"prunepath under test: {spec and spec.origin}; torch {torch.__version__}"
