@@ -48,7 +48,13 @@ class PrunePathConfig:
             raise PrunePathError(f"partition must be one of {', '.join(PARTITIONS)}, got {self.partition!r}.")
         if self.backend not in BACKENDS:
             raise PrunePathError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
-        for name in ("num_experts", "min_experts", "sequence_length", "partition_tokens", "calibration_tokens"):
+        for name in (
+            "num_experts",
+            "min_experts",
+            "sequence_length",
+            "partition_tokens",
+            "calibration_tokens",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PrunePathError(f"{name} must be a whole number of at least 1, got {value!r}.")

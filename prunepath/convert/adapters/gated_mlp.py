@@ -1,0 +1,13 @@
+"""Llama's gated MLP, which Mistral and Qwen share: down(act(gate(x)) ⊙ up(x))."""
+
+from torch import nn
+
+from prunepath.convert.adapters.base import FFNAdapter, activation_name
+from prunepath.nn import FFNLayout
+
+
+class GatedMLP(FFNAdapter):
+    classes = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+
+    def layout(self, module: nn.Module) -> FFNLayout:
+        return FFNLayout(gate="gate_proj", up="up_proj", down="down_proj", activation=activation_name(module.act_fn))

@@ -1,0 +1,1 @@
+"""PrunePath in other libraries."""

@@ -1,0 +1,425 @@
+"""Sparse models: converting, saving, loading, and turning the knob."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from prunepath import ops
+from prunepath.config import PrunePathConfig
+from prunepath.convert.adapters import find_ffns
+from prunepath.convert.experts import ExpertGrouping
+from prunepath.convert.partition import check_num_experts
+from prunepath.convert.tokens import sample_windows
+from prunepath.errors import CheckpointError, PrunePathError
+from prunepath.nn import SparseFFN
+from prunepath.nn.thresholds import (
+    CountRecord,
+    check_fraction,
+    counting,
+    interpolate_thresholds,
+    observing_inputs,
+)
+from prunepath.train.calibration import calibrate, num_passes
+from prunepath.train.router import RouterTraining
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "prunepath"
+_FORWARD_TOKENS = 1024
+
+
+@dataclasses.dataclass
+class SparseDescription:
+    """What `config.json` says of a sparse checkpoint, under `quantization_config`.
+
+    Attributes:
+        config: how it was converted.
+        centered: whether each FFN has a `center` tensor.
+        ffns: dotted paths of the FFNs, in the order of the model's modules.
+        thresholds: the current threshold of each FFN.
+        budgets: calibrated table, budget -> threshold of each FFN; empty for a model that was not calibrated.
+        calibration_shape: the shape that calibration chose (`prunepath.train.calibration.Calibration`).
+    """
+
+    config: PrunePathConfig
+    centered: bool
+    ffns: list[str]
+    thresholds: list[float]
+    budgets: dict[float, list[float]]
+    calibration_shape: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "config": dataclasses.asdict(self.config),
+            "centered": self.centered,
+            "ffns": list(self.ffns),
+            "thresholds": list(self.thresholds),
+            "budgets": {f"{budget:g}": list(values) for budget, values in sorted(self.budgets.items())},
+            "calibration_shape": self.calibration_shape,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> SparseDescription:
+        """Reads and checks `quantization_config`.
+
+        Raises:
+            CheckpointError: for a format version from the future, or missing or inconsistent entries.
+        """
+        version = data.get("format_version")
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise CheckpointError(f"Expected format_version to be a whole number of at least 1, got {version!r}.")
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"This checkpoint has format version {version}, and this version of prunepath reads up to "
+                f"{FORMAT_VERSION}: upgrade prunepath."
+            )
+        try:
+            known = {field.name for field in dataclasses.fields(PrunePathConfig)}
+            config = PrunePathConfig(**{k: v for k, v in data["config"].items() if k in known})
+            description = cls(
+                config=config,
+                centered=bool(data["centered"]),
+                ffns=[str(path) for path in data["ffns"]],
+                thresholds=[check_fraction("threshold", t) for t in data["thresholds"]],
+                budgets={
+                    check_fraction("budget", b): [check_fraction("threshold", t) for t in values]
+                    for b, values in data["budgets"].items()
+                },
+                calibration_shape=str(data["calibration_shape"]),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            what = f"the entry {error}" if isinstance(error, KeyError) else str(error)
+            raise CheckpointError(f"Expected a complete PrunePath quantization_config, but: {what}") from error
+        for name, values in [("thresholds", description.thresholds), *description.budgets.items()]:
+            if len(values) != len(description.ffns):
+                raise CheckpointError(
+                    f"Expected one threshold for each of the checkpoint's {len(description.ffns)} FFNs, got "
+                    f"{len(values)} under {name!r}."
+                )
+        return description
+
+
+def sparse_ffns(model: nn.Module) -> dict[str, SparseFFN]:
+    """The model's sparse FFNs by dotted path, in the order of its modules; empty for a dense model."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, SparseFFN)}
+
+
+def is_sparse(model: nn.Module) -> bool:
+    """Whether `model` has been converted."""
+    return any(isinstance(module, SparseFFN) for module in model.modules())
+
+
+def _sparse_ffns(model: nn.Module) -> dict[str, SparseFFN]:
+    ffns = sparse_ffns(model)
+    if not ffns:
+        raise PrunePathError(
+            f"Expected a model converted by prunepath, got a dense {type(model).__name__}: convert it, or import "
+            "prunepath before loading it."
+        )
+    return ffns
+
+
+def description_of(model: nn.Module) -> SparseDescription:
+    """What the model's checkpoint says, or will say, of its sparsity."""
+    _sparse_ffns(model)
+    return SparseDescription.from_dict(model.config.quantization_config)
+
+
+def get_thresholds(model: nn.Module) -> list[float]:
+    """The current threshold τ of each FFN, in the order of the model's modules."""
+    return [ffn.threshold for ffn in _sparse_ffns(model).values()]
+
+
+def set_threshold(model: nn.Module, threshold: float | Sequence[float]) -> None:
+    """Sets the probability mass that a token's experts must cover.
+
+    Args:
+        threshold: τ in (0, 1] for every FFN, or one for each. 1.0 is exactly dense.
+    """
+    ffns = _sparse_ffns(model)
+    if isinstance(threshold, Sequence) and not isinstance(threshold, str):
+        values = [check_fraction("threshold", value) for value in threshold]
+        if len(values) != len(ffns):
+            raise PrunePathError(f"Expected one threshold for each of the {len(ffns)} FFNs, got {len(values)}.")
+    else:
+        values = [check_fraction("threshold", threshold)] * len(ffns)
+    for ffn, value in zip(ffns.values(), values, strict=True):
+        ffn.threshold = value
+    model.config.quantization_config["thresholds"] = values
+
+
+def set_budget(model: nn.Module, budget: float) -> None:
+    """Sets the thresholds that calibration found for an active fraction.
+
+    Args:
+        budget: the wanted mean share of FFN neurons that a token computes, in (0, 1]; 1.0 is exactly dense.
+    """
+    budget = check_fraction("budget", budget)
+    table = description_of(model).budgets
+    if not table and budget < 1.0:
+        raise PrunePathError("This model has no calibrated budgets: convert it again, or use set_threshold.")
+    set_threshold(model, 1.0 if budget == 1.0 else interpolate_thresholds(table, budget))
+
+
+@contextlib.contextmanager
+def record_counts(model: nn.Module) -> Iterator[CountRecord]:
+    """Records how many experts each token runs, inside a `with` block.
+
+    Yields:
+        A `CountRecord`, whose `active_fraction`, `per_layer` and `histogram` cover all calls so far.
+    """
+    with counting(_sparse_ffns(model).values()) as record:
+        yield record
+
+
+def install(model: nn.Module, description: SparseDescription, backend: str | None = None) -> dict[str, SparseFFN]:
+    """Replaces the model's FFNs by sparse ones with untrained routers, as a checkpoint describes them."""
+    config = description.config
+    ffns = {
+        site.path: site.install(
+            config.num_experts,
+            center=description.centered,
+            min_experts=config.min_experts,
+            max_experts=config.max_experts,
+            backend=backend or config.backend,
+        )
+        for site in find_ffns(model)
+    }
+    if list(ffns) != list(sparse_ffns(model)):
+        raise PrunePathError(f"Expected the FFNs {list(sparse_ffns(model))}, but installed {list(ffns)}.")
+    return ffns
+
+
+def convert(
+    model: nn.Module,
+    tokenizer: Any | None,
+    texts: Iterable,
+    config: PrunePathConfig | None = None,
+    *,
+    progress: bool = False,
+) -> nn.Module:
+    """Makes a dense transformers model sparse, in place: experts, routers, thresholds.
+
+    The backbone's weights keep their values; neurons are reordered. The model is dense (budget 1.0) until `set_budget`
+    or `set_threshold`. In memory at a time: the model, and the activations of one layer.
+
+    Args:
+        model: a `PreTrainedModel` of a supported family, on the device to work on.
+        tokenizer: its tokenizer; None if `texts` are token ids.
+        texts: calibration data: an iterable of strings, or of integer tensors of token ids with `tokenizer` None.
+        config: see `PrunePathConfig`.
+        progress: show progress bars.
+
+    Returns:
+        `model`.
+
+    Raises:
+        PrunePathError: for a model without supported FFNs, `num_experts` that does not divide their width, or data
+            that is too short; the model is then unchanged.
+    """
+    config = config or PrunePathConfig()
+    if is_sparse(model):
+        raise PrunePathError("Expected a dense model, got one that prunepath has converted already.")
+    sites = find_ffns(model)
+    for site in sites:
+        check_num_experts(site.intermediate_size, config.num_experts)
+    device = next(model.parameters()).device
+    ops.resolve_backend(config.backend, device)
+    router_tokens, grouped_tokens = config.router_tokens, config.partition_tokens
+    wanted = config.calibration_tokens + max(router_tokens, grouped_tokens)
+    windows = sample_windows(texts, tokenizer, config.sequence_length, wanted, config.seed).to(device)
+    held_out = max(1, round(len(windows) * config.calibration_tokens / wanted))
+    calibration, training = windows[:held_out], windows[held_out:]
+    length = windows.shape[1]
+
+    centered = config.center is not False
+    description = SparseDescription(config, centered, [s.path for s in sites], [1.0] * len(sites), {}, "per_layer")
+    was_training = model.training
+    model.eval()
+    ffns = install(model, description)
+    backbone = model.base_model
+    with torch.no_grad(), _bars(progress) as bar:
+        grouping = ExpertGrouping(config, bar("Grouping neurons", len(ffns)))
+        with observing_inputs({ffn: grouping.observe for ffn in ffns.values()}):
+            backbone(input_ids=training[: max(1, grouped_tokens // length)])
+        if config.center is None and not grouping.centering_helps:
+            description.centered = False
+            for ffn in ffns.values():
+                ffn.center = None
+
+        trainings = {ffn: RouterTraining(ffn, stats.mean, stats.std, config) for ffn, stats in grouping.inputs.items()}
+        batches = training[: router_tokens // length].split(max(1, _FORWARD_TOKENS // length))
+        advance = bar("Training routers", len(batches))
+        with observing_inputs({ffn: t.observe for ffn, t in trainings.items()}):
+            for i, batch in enumerate(batches):
+                for router in trainings.values():
+                    router.schedule(i / len(batches))
+                backbone(input_ids=batch)
+                advance()
+        for router in trainings.values():
+            router.finish()
+
+        result = calibrate(
+            list(ffns.values()),
+            lambda: backbone(input_ids=calibration),
+            lambda: _language_model_loss(model, calibration),
+            bar("Calibrating budgets", num_passes()),
+        )
+    description.budgets, description.calibration_shape = result.table, result.shape
+    model.config.quantization_config = description.to_dict()
+    set_threshold(model, 1.0)
+    model.train(was_training)
+    for ffn in ffns.values():
+        ffn.pack()
+    return model
+
+
+def _language_model_loss(model: nn.Module, windows: torch.Tensor) -> float | None:
+    """Mean next-token loss in nats over windows [N, S]; None for a model without a language-model head."""
+    if model.get_output_embeddings() is None:
+        return None
+    total = 0.0
+    for batch in windows.split(max(1, _FORWARD_TOKENS // windows.shape[1])):
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+    return total / (windows.shape[0] * (windows.shape[1] - 1))
+
+
+@contextlib.contextmanager
+def _bars(enabled: bool) -> Iterator[Any]:
+    """Yields a function (description, total) -> advance; the bars close with the block."""
+    with contextlib.ExitStack() as stack:
+
+        def bar(description: str, total: int):
+            line = stack.enter_context(tqdm(total=total, desc=description, disable=not enabled))
+            return lambda: line.update()
+
+        yield bar
+
+
+def check_output_folder(out: str | os.PathLike) -> Path:
+    """`out` as a path, if a checkpoint can be written there: it does not exist, or is an empty folder."""
+    out = Path(out)
+    if out.is_dir() and any(out.iterdir()):
+        raise PrunePathError(f"Expected an output folder that does not exist or is empty, but {out} has files in it.")
+    if out.exists() and not out.is_dir():
+        raise PrunePathError(f"Expected an output folder, but {out} is a file.")
+    return out
+
+
+@contextlib.contextmanager
+def whole_folder(out: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name when the block ends without an error, and else vanishes."""
+    out = check_output_folder(out)
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    except OSError as error:
+        raise PrunePathError(f"Expected a place where the folder {out} can be written, but: {error}.") from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
+        os.replace(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save(model: nn.Module, tokenizer: Any | None, out: str | os.PathLike) -> None:
+    """Writes model and tokenizer into the folder `out`, which appears whole or not at all.
+
+    Raises:
+        PrunePathError: if `out` has something in it, or cannot be written.
+    """
+    with whole_folder(out) as folder:
+        try:
+            model.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        except OSError as error:
+            raise PrunePathError(f"Expected to write the checkpoint {out}, but: {error}.") from error
+
+
+def load(name: str | os.PathLike, *, dtype: Any = "auto", device: Any = None) -> tuple[nn.Module, Any]:
+    """Loads a causal language model, sparse or dense, and its tokenizer.
+
+    Args:
+        name: a local folder or a hub name.
+        dtype: as `from_pretrained` takes it; `auto` is the checkpoint's.
+        device: where to put the model; None leaves it on the CPU.
+
+    Returns:
+        (model, tokenizer), the model in evaluation mode.
+
+    Raises:
+        PrunePathError: if there is no such model, or its checkpoint is truncated, inconsistent or from the future.
+    """
+    import transformers
+
+    folder = Path(name)
+    if not folder.exists() and (folder.is_absolute() or str(name).startswith(".") or str(name).count("/") > 1):
+        raise PrunePathError(f"Expected a model folder or a hub name, but there is no folder {name}.")
+    if folder.exists():
+        _check_model_folder(folder)
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except PrunePathError:
+        raise
+    except Exception as error:  # transformers, safetensors and tokenizers each have their own kinds
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"Expected {name} to be a complete model that transformers loads, but: {first[0]}") from (
+            error
+        )
+    damaged = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if damaged:
+        raise CheckpointError(
+            f"Expected {name} to hold every weight of its {type(model).__name__} in its right shape, but "
+            f"{len(damaged)} are missing or of another shape, {damaged[0]} among them."
+        )
+    return (model if device is None else model.to(device)), tokenizer
+
+
+def _check_model_folder(folder: Path) -> None:
+    path = folder / "config.json"
+    if not folder.is_dir() or not path.is_file():
+        raise PrunePathError(f"Expected a model folder with a config.json, but {path} is not there.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no JSON object")
+    except ValueError as error:
+        raise CheckpointError(f"Expected {path} to be a model's configuration in JSON, but: {error}.") from error
+    sparsity = config.get("quantization_config")
+    if isinstance(sparsity, dict) and sparsity.get("quant_method") == QUANT_METHOD:
+        SparseDescription.from_dict(sparsity)
+
+
+def check_routers(model: nn.Module) -> None:
+    """Raises CheckpointError if a router or a centre holds a value that is not finite."""
+    for path, ffn in sparse_ffns(model).items():
+        tensors = {"router.weight": ffn.router.weight, "router.bias": ffn.router.bias, "center": ffn.center}
+        for name, tensor in tensors.items():
+            if tensor is not None and not math.isfinite(tensor.detach().float().sum().item()):
+                raise CheckpointError(f"Expected finite numbers in {path}.{name}, but it has NaN or infinite ones.")

@@ -1,0 +1,81 @@
+"""Sparse FFNs for models whose FFN is no module of its own: up, activation and down called one after another."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from prunepath.nn.sparse_ffn import FFNLayout, PlainLinear, SparseFFN
+
+
+class SplitFFN(SparseFFN):
+    """A SparseFFN that works through the three calls `down(act(up(x)))` of the module that owns the projections.
+
+    `up` either computes the whole FFN from its active experts, and then `act` and `down` hand its result through, or
+    computes all neurons, of which `act` masks the skipped ones. Both `up` and `down` stay linears under their names.
+
+    Args:
+        owner: the module, say a decoder layer, that calls the projections.
+        layout: their names; ungated.
+        activation: the name of the activation module on `owner`.
+        num_experts, options: as for `SparseFFN`.
+    """
+
+    def __init__(self, owner: nn.Module, layout: FFNLayout, activation: str, num_experts: int, **options) -> None:
+        super().__init__(owner, layout, num_experts, adopt=False, **options)
+        self._mask: torch.Tensor | None = None
+        self._done = False
+        self._alone = False
+        for name, kind in ((layout.up, _Up), (layout.down, _Down)):
+            linear = owner._modules[name]
+            linear.__class__ = kind
+            linear._ffn = (self,)  # a tuple, so that the FFN does not become a submodule of its projection
+        setattr(owner, activation, _Activation(self, owner._modules[activation]))
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        self._alone = True
+        try:
+            return super().hidden(x)
+        finally:
+            self._alone = False
+
+    def enter(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """The FFN's output if the kernels serve it; else None, with the mask set for the activation."""
+        x = hidden_states.reshape(-1, self.hidden_size)
+        if self.observe_input is not None:
+            self.observe_input(self, x)
+        self._done = self.reads_active_experts(x)
+        if self._done:
+            return self.run_active_experts(x).view(hidden_states.shape)
+        self._mask = self.active_mask(x)
+        return None
+
+
+class _Up(PlainLinear):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        (ffn,) = self._ffn
+        output = None if ffn._alone else ffn.enter(hidden_states)
+        return super().forward(hidden_states) if output is None else output
+
+
+class _Activation(nn.Module):
+    def __init__(self, ffn: SplitFFN, dense: nn.Module) -> None:
+        super().__init__()
+        self._ffn = (ffn,)
+        self.dense = dense
+
+    def forward(self, up: torch.Tensor) -> torch.Tensor:
+        (ffn,) = self._ffn
+        if ffn._done:
+            return up
+        mask, ffn._mask = ffn._mask, None
+        return ffn.skip(self.dense(up).reshape(len(mask), -1), mask).view(up.shape)
+
+
+class _Down(PlainLinear):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        (ffn,) = self._ffn
+        if ffn._done:
+            ffn._done = False
+            return hidden
+        return super().forward(hidden)

@@ -1,0 +1,1 @@
+"""Training routers, and turning budgets into thresholds."""

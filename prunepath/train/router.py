@@ -1,0 +1,68 @@
+"""Router training: the softmax learns each expert's share of the FFN's output."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from prunepath.config import PrunePathConfig
+from prunepath.nn import SparseFFN
+from prunepath.nn.experts import expert_contributions, router_target
+
+_MINIBATCH = 256
+_WARM_UP = 0.05
+
+
+class RouterTraining:
+    """Trains one FFN's router on the tokens that stream through the dense model, each seen once.
+
+    Loss: KL(c/Σc ‖ softmax(z)), with c the experts' contributions (`expert_contributions`). The input is standardised
+    while training, so that one learning rate suits every model, and the scaling is folded into the weights at the end.
+
+    Args:
+        ffn: whose router is trained.
+        mean, std: of the input features, float32 [H].
+        config: the learning rate.
+    """
+
+    def __init__(self, ffn: SparseFFN, mean: torch.Tensor, std: torch.Tensor, config: PrunePathConfig) -> None:
+        self.ffn = ffn
+        self.mean, self.std = mean, std
+        self.weight = torch.zeros(ffn.num_experts, ffn.hidden_size, device=mean.device, requires_grad=True)
+        self.bias = torch.zeros(ffn.num_experts, device=mean.device, requires_grad=True)
+        # A step of Adam moves every weight by about the learning rate, and so a logit by H times that at worst.
+        self.peak = config.router_learning_rate / math.sqrt(ffn.hidden_size)
+        self.optimizer = torch.optim.AdamW([self.weight, self.bias], lr=self.peak, weight_decay=0.0)
+        self.kl = math.nan
+        self._progress = 0.0
+
+    def schedule(self, progress: float) -> None:
+        """Sets the learning rate for the share `progress` in [0, 1] of all tokens seen: warm-up, then cosine."""
+        warm = min(1.0, (progress + 1e-3) / _WARM_UP)
+        rate = self.peak * warm * (0.5 + 0.5 * math.cos(math.pi * min(1.0, progress)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def observe(self, ffn: SparseFFN, x: torch.Tensor) -> None:
+        """An `observe_input` hook: x [T, H] becomes T / 256 optimiser steps."""
+        with torch.no_grad():
+            down = ffn.projection(ffn.layout.down).weight
+            target = router_target(expert_contributions(ffn.hidden(x), down, ffn.num_experts, ffn.center))
+            inputs = (x.float() - self.mean) / self.std
+        for batch, share in zip(inputs.split(_MINIBATCH), target.split(_MINIBATCH), strict=True):
+            with torch.enable_grad():
+                loss = F.kl_div(F.linear(batch, self.weight, self.bias).log_softmax(-1), share, reduction="batchmean")
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            value = loss.item()
+            self.kl = value if math.isnan(self.kl) else 0.95 * self.kl + 0.05 * value
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Writes the trained weights, in the units of the raw input, into the FFN's router."""
+        weight = self.weight / self.std
+        self.ffn.router.weight.copy_(weight)
+        self.ffn.router.bias.copy_(self.bias - weight @ self.mean)
