@@ -1,0 +1,1 @@
+"""Measuring sparse models: perplexity, decoding speed, trade-off curves, plots."""

@@ -1,0 +1,154 @@
+"""What each command does with good input, and that --json means JSON alone."""
+
+import dataclasses
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import prunepath
+from prunepath.cli import app
+
+
+def options(*values):
+    return [str(value) for value in values]
+
+
+CONVERT = options("--num-experts", 8, "--sequence-length", 32, "--partition-tokens", 256) + options(
+    "--router-tokens", 512, "--calibration-tokens", 256
+)
+
+
+def test_convert_writes_a_checkpoint_that_loads_sparse_with_its_options(
+    prunepath_command, dense_folder, corpus, tmp_path
+):
+    out = tmp_path / "deep" / "out"
+    result = prunepath_command(
+        "convert", dense_folder, out, "--data", corpus, *CONVERT, "--partition", "random", "--seed", 3, "--no-center"
+    )
+    assert result.exit_code == 0, result.output
+    assert str(out) in result.stdout
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert prunepath.is_sparse(model)
+    config = model.config.quantization_config["config"]
+    assert (config["num_experts"], config["partition"], config["seed"], config["center"]) == (8, "random", 3, False)
+    assert [entry.name for entry in out.parent.iterdir()] == ["out"]
+
+
+def test_every_field_of_the_configuration_is_an_option_with_its_default():
+    from typer.main import get_command
+
+    parameters = {parameter.name: parameter for parameter in get_command(app).commands["convert"].params}
+    for field in dataclasses.fields(prunepath.PrunePathConfig):
+        assert parameters[field.name].default == field.default, field.name
+
+
+def test_eval_prints_a_table_of_budgets(prunepath_command, sparse_folder, corpus):
+    result = prunepath_command("eval", sparse_folder, "--data", corpus, "--budget", "1.0,0.5", "--max-tokens", 200)
+    assert result.exit_code == 0, result.output
+    for word in ("budget", "threshold", "active", "perplexity", "bits/byte", "1.00", "0.50", "100.0%"):
+        assert word in result.stdout
+
+
+def test_eval_at_budget_1_is_the_dense_model_and_falls_towards_small_budgets(
+    prunepath_command, sparse_folder, dense_folder, corpus
+):
+    common = options("--data", corpus, "--max-tokens", 500, "--json")
+    result = prunepath_command("eval", sparse_folder, *common)
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["budget"] for row in rows] == [1.0, 0.5, 0.25, 0.1]
+    dense = json.loads(prunepath_command("eval", dense_folder, *common).stdout)["rows"]
+    assert len(dense) == 1
+    assert dense[0]["tokens"] == rows[0]["tokens"] == 500
+    assert rows[0]["bits_per_byte"] == pytest.approx(dense[0]["bits_per_byte"], abs=1e-5)
+    fractions = [row["active_fraction"] for row in rows]
+    assert fractions[0] == 1.0
+    assert fractions == sorted(fractions, reverse=True)
+    assert fractions[-1] < 0.3
+
+
+def test_eval_with_thresholds_and_a_plot(prunepath_command, sparse_folder, corpus, tmp_path):
+    plot = tmp_path / "curve.png"
+    arguments = options("--threshold", "1.0,0.8", "--max-tokens", 100, "--plot", plot, "--json")
+    result = prunepath_command("eval", sparse_folder, "--data", corpus, *arguments)
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["thresholds"] for row in rows] == [[1.0, 1.0], [0.8, 0.8]]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_prints_prompt_and_continuation(prunepath_command, sparse_folder, dense_folder):
+    result = prunepath_command("generate", sparse_folder, "Bird", "--budget", 1.0, "--max-new-tokens", 8)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("Bird")
+    dense = prunepath_command("generate", dense_folder, "Bird", "--max-new-tokens", 8)
+    assert result.stdout == dense.stdout
+
+
+def test_generate_samples_by_seed_and_reports_its_knob(prunepath_command, sparse_folder):
+    def sample(seed, *knob):
+        result = prunepath_command(
+            "generate", sparse_folder, "Bird", *knob, "--temperature", 1.5, "--seed", seed, "--json"
+        )
+        return json.loads(result.stdout)
+
+    first = sample(1, "--threshold", 0.5)
+    assert first == sample(1, "--threshold", 0.5)
+    assert first["text"] != sample(2, "--threshold", 0.5)["text"]
+    assert first["thresholds"] == [0.5, 0.5]
+    assert 0 < first["active_fraction"] < 1
+
+
+def test_info_describes_a_checkpoint(prunepath_command, sparse_folder, dense_folder):
+    found = json.loads(prunepath_command("info", sparse_folder, "--json").stdout)
+    assert (found["family"], found["layers"], found["sparse"]) == ("llama", 2, True)
+    assert found["conversion"]["num_experts"] == 8
+    assert len(found["thresholds"]) == 2
+    assert "0.25" in found["budgets"]
+    dense = json.loads(prunepath_command("info", dense_folder, "--json").stdout)
+    assert dense["sparse"] is False
+    assert found["parameters"] - found["added_parameters"] == dense["parameters"]
+    text = prunepath_command("info", sparse_folder).stdout
+    assert "num_experts: 8" in text
+
+
+def test_info_describes_the_installation(prunepath_command):
+    found = json.loads(prunepath_command("info", "--json").stdout)
+    assert set(found["backends"]) == {"cpu", "cuda", "triton", "reference"}
+    assert found["libraries"]["_C"] == "loaded"
+    assert found["build"]["compiler"]
+    assert found["cpu_features"]
+
+
+def test_the_version_is_the_packages(prunepath_command):
+    result = prunepath_command("--version")
+    assert result.stdout == f"prunepath {prunepath.__version__}\n"
+    try:
+        installed = importlib.metadata.version("prunepath")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    assert installed == prunepath.__version__
+
+
+def test_a_real_process_prints_json_alone_on_standard_output(sparse_folder, corpus):
+    command = [sys.executable, "-m", "prunepath.cli", "eval", str(sparse_folder), "--data", str(corpus)]
+    result = subprocess.run(
+        [*command, "--max-tokens", "50", "--budget", "0.5", "--json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(result.stdout)["rows"][0]["tokens"] == 50
+    assert "Traceback" not in result.stderr
+
+
+def test_an_interrupt_while_saving_leaves_nothing(prunepath_command, dense_folder, corpus, tmp_path, monkeypatch):
+    from transformers import PreTrainedTokenizerFast
+
+    def interrupt(self, folder, **kwargs):
+        assert any(folder.iterdir()), "the model is written by now"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", interrupt)
+    result = prunepath_command("convert", dense_folder, tmp_path / "out", "--data", corpus, *CONVERT)
+    assert result.exit_code != 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["dense"]
