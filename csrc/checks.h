@@ -13,6 +13,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/activations.h"
+#include "core/layout.h"
+
 namespace prunepath {
 
 using torch::headeronly::ScalarType;
@@ -200,6 +203,169 @@ inline void check_route_out(const char* op, const RouteShape& shape, const Tenso
   check_out(op, "expert_ids", expert_ids, ScalarType::Int, {T, K}, "[T, K]", "logits", logits);
   check_out(op, "probs", probs, ScalarType::Float, {T, K}, "[T, K]", "logits", logits);
   check_out(op, "counts", counts, ScalarType::Int, {T}, "[T]", "logits", logits);
+}
+
+struct FfnShape {
+  int64_t num_tokens;  // T
+  ExpertLayout layout;
+  Activation activation;
+};
+
+inline Activation check_activation(const char* op, const std::string& name) {
+  int32_t value = 0;
+  for (const char* known : kActivationNames) {
+    if (name == known) {
+      return static_cast<Activation>(value);
+    }
+    ++value;
+  }
+  fail(op, "expected activation relu, gelu, gelu_tanh, silu or relu2, got ", name);
+}
+
+inline ExpertLayout check_expert_weights(const char* op, const Tensor& w_in, const Tensor& w_out) {
+  check_float_dtype(op, "w_in", w_in);
+  if (w_in.dim() != 4 || (w_in.size(2) != 1 && w_in.size(2) != 2) || w_in.size(0) < 1) {
+    fail(op, "expected w_in of shape [E, n, G, H] with E of at least 1 and G of 1 or 2, got ",
+         shape_string(w_in.sizes()));
+  }
+  const ExpertLayout layout{w_in.size(0), w_in.size(1), w_in.size(2), w_in.size(3)};
+  check_same_device(op, "w_out", w_out, "w_in", w_in);
+  check_dtype(op, "w_out", w_out, w_in.scalar_type());
+  check_shape(op, "w_out", w_out, {layout.num_experts, layout.expert_width, layout.hidden_size},
+              "[E, n, H]");
+  return layout;
+}
+
+inline ExpertLayout check_pack_experts(const std::optional<Tensor>& gate, const Tensor& up,
+                                       const Tensor& down, int64_t num_experts) {
+  const char* op = "pack_experts";
+  check_float_dtype(op, "up", up);
+  if (up.dim() != 2) {
+    fail(op, "expected up of shape [D, H], got ", shape_string(up.sizes()));
+  }
+  const int64_t D = up.size(0);
+  const int64_t H = up.size(1);
+  check_same_device(op, "down", down, "up", up);
+  check_dtype(op, "down", down, up.scalar_type());
+  check_shape(op, "down", down, {H, D}, "[H, D]");
+  if (gate.has_value()) {
+    check_same_device(op, "gate", *gate, "up", up);
+    check_dtype(op, "gate", *gate, up.scalar_type());
+    check_shape(op, "gate", *gate, {D, H}, "[D, H]");
+  }
+  if (num_experts < 1 || D % num_experts != 0) {
+    fail(op, "expected num_experts to be at least 1 and to divide the ", D, " neurons of up, got ",
+         num_experts);
+  }
+  return {num_experts, D / num_experts, gate.has_value() ? 2 : 1, H};
+}
+
+inline void check_pack_experts_out(const ExpertLayout& layout, const Tensor& up, const Tensor& w_in,
+                                   const Tensor& w_out) {
+  const char* op = "pack_experts";
+  const ScalarType dtype = up.scalar_type();
+  check_out(op, "w_in", w_in, dtype,
+            {layout.num_experts, layout.expert_width, layout.per_neuron, layout.hidden_size},
+            "[E, n, G, H]", "up", up);
+  check_out(op, "w_out", w_out, dtype,
+            {layout.num_experts, layout.expert_width, layout.hidden_size}, "[E, n, H]", "up", up);
+}
+
+inline ExpertLayout check_unpack_experts(const Tensor& w_in, const Tensor& w_out) {
+  const ExpertLayout layout = check_expert_weights("unpack_experts", w_in, w_out);
+  check_contiguous("unpack_experts", "w_in", w_in);
+  check_contiguous("unpack_experts", "w_out", w_out);
+  return layout;
+}
+
+inline void check_unpack_experts_out(const ExpertLayout& layout, const Tensor& w_in,
+                                     const std::optional<Tensor>& gate, const Tensor& up,
+                                     const Tensor& down) {
+  const char* op = "unpack_experts";
+  const int64_t D = num_neurons(layout);
+  const int64_t H = layout.hidden_size;
+  const ScalarType dtype = w_in.scalar_type();
+  if (gate.has_value() != (layout.per_neuron == 2)) {
+    fail(op, "expected gate to be ", layout.per_neuron == 2 ? "given" : "None",
+         " for w_in of shape ", shape_string(w_in.sizes()), ", got ",
+         gate.has_value() ? "a tensor" : "None");
+  }
+  if (gate.has_value()) {
+    check_out(op, "gate", *gate, dtype, {D, H}, "[D, H]", "w_in", w_in);
+  }
+  check_out(op, "up", up, dtype, {D, H}, "[D, H]", "w_in", w_in);
+  check_out(op, "down", down, dtype, {H, D}, "[H, D]", "w_in", w_in);
+}
+
+// A bias or centre that may be missing: contiguous, float32 or the weights' dtype.
+inline void check_parameter(const char* op, const char* name, const std::optional<Tensor>& tensor,
+                            const Tensor& w_in, std::initializer_list<int64_t> shape,
+                            const char* symbols) {
+  if (tensor.has_value()) {
+    check_same_device(op, name, *tensor, "w_in", w_in);
+    check_parameter_dtype(op, name, *tensor, w_in.scalar_type());
+    check_shape(op, name, *tensor, shape, symbols);
+    check_contiguous(op, name, *tensor);
+  }
+}
+
+inline FfnShape check_ffn(const char* op, const Tensor& x, const Tensor& w_in, const Tensor& w_out,
+                          const std::string& activation, const std::optional<Tensor>& b_in,
+                          const std::optional<Tensor>& b_out, const std::optional<Tensor>& center) {
+  const ExpertLayout layout = check_expert_weights(op, w_in, w_out);
+  const int64_t E = layout.num_experts;
+  const int64_t n = layout.expert_width;
+  const int64_t G = layout.per_neuron;
+  const int64_t H = layout.hidden_size;
+  check_contiguous(op, "w_in", w_in);
+  check_contiguous(op, "w_out", w_out);
+  check_same_device(op, "x", x, "w_in", w_in);
+  check_dtype(op, "x", x, w_in.scalar_type());
+  if (x.dim() != 2 || x.size(1) != H) {
+    fail(op, "expected x of shape [T, H] = [T, ", H, "], got ", shape_string(x.sizes()));
+  }
+  check_parameter(op, "b_in", b_in, w_in, {E, n, G}, "[E, n, G]");
+  check_parameter(op, "b_out", b_out, w_in, {H}, "[H]");
+  check_parameter(op, "center", center, w_in, {E, n}, "[E, n]");
+  return {x.size(0), layout, check_activation(op, activation)};
+}
+
+// Returns K, the columns of expert_ids.
+inline int64_t check_selection(const char* op, const FfnShape& shape, const Tensor& x,
+                               const Tensor& expert_ids, const Tensor& counts) {
+  check_same_device(op, "expert_ids", expert_ids, "x", x);
+  check_same_device(op, "counts", counts, "x", x);
+  check_dtype(op, "expert_ids", expert_ids, ScalarType::Int);
+  check_dtype(op, "counts", counts, ScalarType::Int);
+  if (expert_ids.dim() != 2 || expert_ids.size(0) != shape.num_tokens) {
+    fail(op, "expected expert_ids of shape [T, K] = [", shape.num_tokens, ", K], got ",
+         shape_string(expert_ids.sizes()));
+  }
+  check_shape(op, "counts", counts, {shape.num_tokens}, "[T]");
+  check_contiguous(op, "expert_ids", expert_ids);
+  check_contiguous(op, "counts", counts);
+  return expert_ids.size(1);
+}
+
+inline void check_router(const char* op, const FfnShape& shape, const Tensor& w_in,
+                         const Tensor& weight, const std::optional<Tensor>& bias) {
+  const int64_t E = shape.layout.num_experts;
+  check_same_device(op, "router_weight", weight, "w_in", w_in);
+  check_dtype(op, "router_weight", weight, w_in.scalar_type());
+  check_shape(op, "router_weight", weight, {E, shape.layout.hidden_size}, "[E, H]");
+  check_contiguous(op, "router_weight", weight);
+  check_parameter(op, "router_bias", bias, w_in, {E}, "[E]");
+}
+
+inline void check_workspace(const char* op, const Tensor& workspace, int64_t size,
+                            const Tensor& x) {
+  check_same_device(op, "workspace", workspace, "x", x);
+  check_dtype(op, "workspace", workspace, ScalarType::Byte);
+  check_contiguous(op, "workspace", workspace);
+  if (workspace.dim() != 1 || workspace.size(0) < size) {
+    fail(op, "expected workspace of shape [bytes] with at least ", size, " bytes, got ",
+         shape_string(workspace.sizes()));
+  }
 }
 
 }  // namespace prunepath

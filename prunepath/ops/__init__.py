@@ -62,7 +62,9 @@ def route(
     Raises:
         RuntimeError: an argument is not as above; the message says which.
     """
-    return torch.ops.prunepath.route(logits, threshold, min_experts=min_experts, max_experts=max_experts)
+    # torch.ops.prunepath.route itself would take a 0-dim tensor for a float, which waits for a GPU.
+    op = torch.ops.prunepath.route.tensor if isinstance(threshold, Tensor) else torch.ops.prunepath.route.default
+    return op(logits, threshold, min_experts=min_experts, max_experts=max_experts)
 
 
 def pack_experts(gate: Tensor | None, up: Tensor, down: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

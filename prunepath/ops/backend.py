@@ -57,10 +57,11 @@ def resolve_backend(name: str, device: torch.device) -> Backend:
         raise BackendError(f"The backend triton works on cuda tensors, got the device {device}.")
     if name == "reference":
         return Backend(name, reference.route, reference.sparse_ffn, reference.routed_ffn)
-    ops = torch.ops.prunepath
     if name == "triton":
         return _triton()
-    return Backend(name, ops.route, ops.sparse_ffn.default, ops.routed_ffn.default)
+    from prunepath import ops  # here, because it imports this module
+
+    return Backend(name, ops.route, torch.ops.prunepath.sparse_ffn.default, torch.ops.prunepath.routed_ffn.default)
 
 
 def _automatic(device: torch.device) -> str:

@@ -12,7 +12,14 @@ from prunepath import native
 from prunepath.ops import reference
 
 _OPS = ("route", "route.tensor", "pack_experts", "unpack_experts", "sparse_ffn", "routed_ffn")
-_OUT_OPS = ("route.out", "route.tensor_out", "pack_experts.out", "unpack_experts.out", "sparse_ffn.out", "routed_ffn.out")
+_OUT_OPS = (
+    "route.out",
+    "route.tensor_out",
+    "pack_experts.out",
+    "unpack_experts.out",
+    "sparse_ffn.out",
+    "routed_ffn.out",
+)
 _library: torch.library.Library | None = None
 
 

@@ -170,9 +170,7 @@ def _threshold_column(threshold: float | Tensor, num_tokens: int, device: torch.
             f"{list(tau.shape)}."
         )
     if tau.device.type == "cpu" and not bool((tau.isfinite() & (tau > 0)).all()):
-        raise RuntimeError(
-            f"route: expected threshold to be finite and greater than 0 in float32, got {threshold}."
-        )
+        raise RuntimeError(f"route: expected threshold to be finite and greater than 0 in float32, got {threshold}.")
     return tau.to(device).reshape(-1, 1)
 
 

@@ -1,0 +1,61 @@
+#pragma once
+
+// The inner loops of the FFN on the CPU. ffn_kernels_impl.h defines them; it is compiled once for
+// every instruction set, and `ffn_kernels()` picks the best that this processor has.
+
+#include <cstdint>
+
+#include "core/activations.h"
+#include "core/layout.h"
+#include "cpu/elements.h"
+
+namespace prunepath {
+
+// Tokens are worked on in tiles, so that a set of them is one word.
+constexpr int64_t kTileTokens = 64;
+
+// A bias or centre: float32 or the weights' dtype; null is all zeros.
+struct Parameter {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
+struct FfnWeights {
+  ExpertLayout layout;
+  DType dtype;
+  const void* w_in;
+  const void* w_out;
+  Parameter b_in;
+  Parameter center;
+  Activation activation;
+};
+
+// The experts that a tile of tokens needs: those with any bit in `masks`, in ascending order.
+struct ActiveExperts {
+  const int32_t* experts;
+  const uint64_t* masks;  // by expert: bit t is set iff token t of the tile needs it
+};
+
+struct FfnKernels {
+  const char* name;
+
+  // Adds the output of neurons `begin` to `end`, counted over the list of active experts, to the
+  // rows sum[t * hidden_size] of the tokens that need them. `x` is float32 [tile, hidden_size];
+  // `sum` and `partial` are [tile, hidden_size] and zero at the beginning.
+  void (*run_neurons)(const FfnWeights& weights, const ActiveExperts& active, const float* x,
+                      int64_t begin, int64_t end, float* sum, float* partial);
+
+  // logits[t * num_experts + e] = x[t] . weight[e] + bias[e] for e from begin to end.
+  void (*router_logits)(const float* x, int64_t num_tokens, int64_t hidden_size,
+                        int64_t num_experts, const void* weight, DType dtype, Parameter bias,
+                        int64_t begin, int64_t end, float* logits);
+};
+
+const FfnKernels& ffn_kernels();
+
+extern const FfnKernels kFfnKernelsPortable;
+#if defined(__x86_64__)
+extern const FfnKernels kFfnKernelsAvx2;
+#endif
+
+}  // namespace prunepath

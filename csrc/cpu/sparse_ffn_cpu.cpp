@@ -1,0 +1,81 @@
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <string>
+
+#include "cpu/ffn.h"
+#include "cpu/ffn_problem.h"
+
+namespace prunepath {
+namespace {
+
+struct Arguments {
+  FfnShape shape;
+  int64_t num_columns;
+};
+
+Arguments check(const Tensor& x, const Tensor& w_in, const Tensor& w_out, const Tensor& expert_ids,
+                const Tensor& counts, const std::string& activation,
+                const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_out,
+                const std::optional<Tensor>& center) {
+  const FfnShape shape = check_ffn("sparse_ffn", x, w_in, w_out, activation, b_in, b_out, center);
+  return {shape, check_selection("sparse_ffn", shape, x, expert_ids, counts)};
+}
+
+void run(const FfnProblem& problem, const Arguments& arguments, const Tensor& expert_ids,
+         const Tensor& counts, void* workspace) {
+  run_sparse_ffn(problem, static_cast<const int32_t*>(expert_ids.const_data_ptr()),
+                 static_cast<const int32_t*>(counts.const_data_ptr()), arguments.num_columns,
+                 workspace);
+}
+
+Tensor sparse_ffn(const Tensor& x, const Tensor& w_in, const Tensor& w_out,
+                  const Tensor& expert_ids, const Tensor& counts, const std::string& activation,
+                  const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_out,
+                  const std::optional<Tensor>& center) {
+  const Arguments arguments =
+      check(x, w_in, w_out, expert_ids, counts, activation, b_in, b_out, center);
+  const FfnShape& shape = arguments.shape;
+  Tensor y = new_tensor({shape.num_tokens, shape.layout.hidden_size}, x.scalar_type());
+  const Scratch workspace(ffn_workspace_size(shape.layout, shape.num_tokens, false));
+  run(make_problem(shape, x, w_in, w_out, b_in, b_out, center, y), arguments, expert_ids, counts,
+      workspace.data());
+  return y;
+}
+
+void sparse_ffn_out(const Tensor& x, const Tensor& w_in, const Tensor& w_out,
+                    const Tensor& expert_ids, const Tensor& counts, const std::string& activation,
+                    const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_out,
+                    const std::optional<Tensor>& center, const Tensor& y, const Tensor& workspace) {
+  const Arguments arguments =
+      check(x, w_in, w_out, expert_ids, counts, activation, b_in, b_out, center);
+  const FfnShape& shape = arguments.shape;
+  check_out("sparse_ffn", "y", y, x.scalar_type(), {shape.num_tokens, shape.layout.hidden_size},
+            "[T, H]", "x", x);
+  check_workspace("sparse_ffn", workspace,
+                  ffn_workspace_size(shape.layout, shape.num_tokens, false), x);
+  run(make_problem(shape, x, w_in, w_out, b_in, b_out, center, y), arguments, expert_ids, counts,
+      workspace.mutable_data_ptr());
+}
+
+int64_t workspace_size(const std::string& op, int64_t num_tokens, int64_t hidden_size,
+                       int64_t num_experts, int64_t expert_width) {
+  if (op != "sparse_ffn" && op != "routed_ffn") {
+    fail("ffn_workspace_size", "expected op sparse_ffn or routed_ffn, got ", op);
+  }
+  return ffn_workspace_size({num_experts, expert_width, 2, hidden_size}, num_tokens,
+                            op == "routed_ffn");
+}
+
+}  // namespace
+}  // namespace prunepath
+
+STABLE_TORCH_LIBRARY_IMPL(prunepath, CPU, m) {
+  m.impl("sparse_ffn", TORCH_BOX(&prunepath::sparse_ffn));
+  m.impl("sparse_ffn.out", TORCH_BOX(&prunepath::sparse_ffn_out));
+}
+
+// Has no tensor among its arguments, so it belongs to no device.
+STABLE_TORCH_LIBRARY_IMPL(prunepath, CompositeExplicitAutograd, m) {
+  m.impl("ffn_workspace_size", TORCH_BOX(&prunepath::workspace_size));
+}
