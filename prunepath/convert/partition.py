@@ -56,15 +56,15 @@ def partition_neurons(
         num_experts: E; must divide D.
         intermediate_size: D, the neurons.
         profiles: floating [P, D], the neurons' activations h on P calibration tokens; for `coactivation`. A neuron that
-            never varies (a dead one) has no direction, and goes where room is cheapest.
+            never varies (a dead one) is the zero point, and goes where room is cheapest.
         weights: floating [D, F], the neurons' input weights; for `weights`.
         seed: of `random` and of the clustering. The same seed and input give the same partition, whatever the number
             of threads.
         progress: called as progress(done, total) while the clustering runs; what it raises stops the work.
 
     Returns:
-        int64 [D] on the CPU: a permutation p, where neuron p[e * n + k] of the old order is neuron k of expert e. Within
-        an expert neurons keep their old order.
+        int64 [D] on the CPU: a permutation p, where neuron p[e * n + k] of the old order is neuron k of expert e.
+        Within an expert neurons keep their old order.
 
     Raises:
         PrunePathError: unknown method, E that does not divide D, or profiles or weights that are missing, misshapen or
@@ -80,10 +80,10 @@ def partition_neurons(
         generator = torch.Generator().manual_seed(seed)
         return _permutation(torch.randperm(intermediate_size, generator=generator) % num_experts)
     if method == "coactivation":
-        points = _checked("profiles", profiles, 1, intermediate_size).abs().T
-        points = points - points.mean(dim=1, keepdim=True)
+        points = _checked("profiles", profiles, 1, intermediate_size).abs().T.contiguous()
+        points -= points.mean(dim=1, keepdim=True)
     else:
-        points = _checked("weights", weights, 0, intermediate_size)
+        points = _checked("weights", weights, 0, intermediate_size).contiguous()
     points = torch.nn.functional.normalize(points, dim=1)
     return _permutation(_balanced_kmeans(points, num_experts, seed, progress))
 
@@ -110,9 +110,9 @@ def _balanced_kmeans(points: torch.Tensor, num_experts: int, seed: int, progress
             "installs it, `python setup.py build_ext --inplace` builds it in a source tree."
         ) from failure
     labels = _host.balanced_kmeans(
-        points.contiguous().numpy(),
+        points.numpy(),
         num_experts,
-        seed=seed,
+        seed=seed % 2**64,
         num_threads=torch.get_num_threads(),
         progress=progress,
     )
