@@ -14,9 +14,7 @@ import torch
 from prunepath.errors import NativeLibraryError
 
 _FOLDER = Path(__file__).parent
-_INSTALL = (
-    "`pip install .` builds and installs it, `python setup.py build_ext --inplace` builds it in a source tree"
-)
+_INSTALL = "`pip install .` builds and installs it, `python setup.py build_ext --inplace` builds it in the source tree"
 
 _loaded = False
 _error: str | None = None
@@ -36,9 +34,7 @@ def load() -> None:
     if _error is not None:
         _cuda_error = _error
     elif torch.version.cuda is None:
-        _cuda_error = (
-            f"PrunePath's library _C_cuda needs a CUDA build of torch, got torch {torch.__version__}."
-        )
+        _cuda_error = f"PrunePath's library _C_cuda needs a CUDA build of torch, got torch {torch.__version__}."
     else:
         _cuda_error = _load_library("_C_cuda")
 
@@ -74,10 +70,12 @@ def _load_library(name: str) -> str | None:
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as failure:
-        return f"PrunePath's library {path} does not load ({_first_line(failure)}); {_INSTALL} anew."
+        # load_library names the file alone; the linker's reason, such as an undefined symbol, is the cause.
+        reason = _first_line(failure.__cause__ or failure)
+        return f"PrunePath's library {name} does not load ({reason}); {_INSTALL}."
     return None
 
 
-def _first_line(failure: Exception) -> str:
+def _first_line(failure: BaseException) -> str:
     lines = str(failure).strip().splitlines()
     return lines[0].strip().rstrip(".") if lines else type(failure).__name__
