@@ -5,7 +5,7 @@
 
 #include "cpu/ffn_kernels.h"
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -33,9 +33,14 @@ PRUNEPATH_INLINE Floats load(const float* data) {
 
 // A C-style cast between vector types of one size keeps the bits.
 PRUNEPATH_INLINE Floats load(const BFloat16* data) {
+#if defined(__AVX2__) && PRUNEPATH_LANES == 8  // GCC converts the general form piecewise
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(data));
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+#else
   Halves halves;
   __builtin_memcpy(&halves, data, sizeof(halves));
   return (Floats)(__builtin_convertvector(halves, Words) << 16);
+#endif
 }
 
 PRUNEPATH_INLINE Floats load(const Float16* data) {

@@ -191,7 +191,7 @@ def workspace_size(op: str, x: Tensor, w_in: Tensor) -> int:
         x: [T, H]. A workspace for T tokens serves fewer tokens too.
         w_in: [E, n, G, H].
 
-    On the CPU the size depends on torch's number of threads, as it is at the call. On CUDA it is 0 (the reference needs none).
+    On the CPU the size depends on torch's number of threads at the call. On CUDA it is 0: the reference needs none.
     """
     if x.device.type != "cpu":
         return 0

@@ -35,7 +35,8 @@ def backends() -> dict[str, str]:
 def resolve_backend(name: str, device: torch.device) -> Backend:
     """The backend called `name` for tensors on `device`.
 
-    `auto` is `cpu` on a CPU and `cuda` on a GPU. On a GPU without PrunePath's CUDA library it is `reference`, with a warning.
+    `auto` is `cpu` on a CPU and `cuda` on a GPU; on a GPU without PrunePath's CUDA library it is `reference`, with a
+    warning.
 
     Raises:
         BackendError: there is no such backend, or it is not available here or for this device.

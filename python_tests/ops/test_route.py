@@ -163,11 +163,11 @@ def test_nan_row_fails_open_to_every_expert(position):
 
 
 def test_infinities():
-    expert_ids, probs, counts = ops.route(torch.tensor([[1.0, INF, -INF, INF]]), 0.75)
+    expert_ids, probs, _ = ops.route(torch.tensor([[1.0, INF, -INF, INF]]), 0.75)
     assert expert_ids.tolist() == [[1, 3, -1, -1]] and probs.tolist() == [[0.5, 0.5, 0, 0]]
-    expert_ids, probs, counts = ops.route(torch.full((1, 4), -INF), 0.75)
+    expert_ids, probs, _ = ops.route(torch.full((1, 4), -INF), 0.75)
     assert expert_ids.tolist() == [[0, 1, 2, -1]] and probs.tolist() == [[0.25, 0.25, 0.25, 0]]
-    expert_ids, probs, counts = ops.route(torch.tensor([[-INF, 0.0]]), 1.0)
+    expert_ids, probs, _ = ops.route(torch.tensor([[-INF, 0.0]]), 1.0)
     assert expert_ids.tolist() == [[1, 0]] and probs.tolist() == [[1, 0]]
 
 
