@@ -105,9 +105,7 @@ class CMakeBuild(build_ext):
         for step in (configure, [cmake, "--build", build_dir]):
             print(shlex.join(step), flush=True)
             if subprocess.run(step).returncode != 0:
-                raise SystemExit(
-                    f"PrunePath's native libraries did not build: CMake's output above says why.{hint}"
-                )
+                raise SystemExit(f"PrunePath's native libraries did not build: CMake's output above says why.{hint}")
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)

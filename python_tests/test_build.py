@@ -38,9 +38,7 @@ def last_line(result: subprocess.CompletedProcess) -> str:
 def source(tmp_path_factory):
     """A copy of the source tree with the leavings of other builds in it."""
     copy = tmp_path_factory.mktemp("source") / "prunepath"
-    skipped = shutil.ignore_patterns(
-        ".*", "*.so", "*.egg-info", "__pycache__", "build", "dist", "prunepath-demo"
-    )
+    skipped = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "build", "dist", "prunepath-demo")
     shutil.copytree(ROOT, copy, ignore=skipped)
     stale = next(iter((copy / "prunepath").glob("*.py"))).read_bytes()
     for path in (
