@@ -37,8 +37,6 @@ struct ActiveExperts {
 };
 
 struct FfnKernels {
-  const char* name;
-
   // Adds the output of neurons `begin` to `end`, counted over the list of active experts, to the
   // rows sum[t * hidden_size] of the tokens that need them. `x` is float32 [tile, hidden_size];
   // `sum` and `partial` are [tile, hidden_size] and zero at the beginning.

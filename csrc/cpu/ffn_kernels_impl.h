@@ -249,6 +249,6 @@ void router_logits(const float* x, int64_t num_tokens, int64_t hidden_size, int6
 
 }  // namespace
 
-const FfnKernels PRUNEPATH_KERNELS = {PRUNEPATH_KERNELS_NAME, run_neurons, router_logits};
+const FfnKernels PRUNEPATH_KERNELS = {run_neurons, router_logits};
 
 }  // namespace prunepath

@@ -1,0 +1,67 @@
+"""The choice of a backend: names, reasons, and no silent replacement."""
+
+import pytest
+import torch
+
+from prunepath import errors, native, ops
+
+
+def test_every_backend_has_a_state():
+    states = ops.backends()
+    assert set(states) == {"triton", "cuda", "cpu", "reference"}
+    assert states["reference"] == states["cpu"] == "available"
+    for state in states.values():
+        assert state == "available" or state.endswith(".")
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "reference"])
+def test_backends_of_the_cpu_agree(name, make_ffn):
+    backend = ops.resolve_backend(name, torch.device("cpu"))
+    assert backend.name == ("cpu" if name == "auto" else name)
+    ffn = make_ffn()
+    threshold = torch.tensor(0.5)
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    ids, probs, counts = backend.route(logits, threshold, min_experts=2)
+    for a, b in zip((ids, probs, counts), ops.route(logits, 0.5, min_experts=2), strict=True):
+        assert torch.equal(a, b)
+    y = backend.sparse_ffn(ffn.x, ffn.w_in, ffn.w_out, ids, counts, "silu", **ffn.parameters)
+    torch.testing.assert_close(y, ops.sparse_ffn(ffn.x, ffn.w_in, ffn.w_out, ids, counts, "silu", **ffn.parameters))
+    arguments = (ffn.x, ffn.router_weight, ffn.router_bias, threshold, ffn.w_in, ffn.w_out, "silu")
+    got, expected = backend.routed_ffn(*arguments), ops.routed_ffn(*arguments)
+    torch.testing.assert_close(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+def test_unknown_backend_is_named():
+    with pytest.raises(errors.BackendError, match=r"Expected a backend out of auto, .* got 'fast'"):
+        ops.resolve_backend("fast", torch.device("cpu"))
+
+
+def test_backend_of_another_device_is_refused():
+    with pytest.raises(errors.BackendError, match="cpu works on cpu tensors, got the device cuda"):
+        ops.resolve_backend("cpu", torch.device("cuda"))
+    with pytest.raises(errors.BackendError, match="No backend was made for the device meta"):
+        ops.resolve_backend("auto", torch.device("meta"))
+
+
+def test_cpu_is_never_replaced_silently(monkeypatch):
+    monkeypatch.setattr(native, "_loaded", True)
+    monkeypatch.setattr(native, "_error", "The library is missing.")
+    for name in ("auto", "cpu"):
+        with pytest.raises(errors.NativeLibraryError, match="The library is missing"):
+            ops.resolve_backend(name, torch.device("cpu"))
+    assert ops.backends()["cpu"] == "The library is missing."
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU answers")
+def test_gpu_backends_say_why_they_are_missing(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ("cuda", "triton"):
+        with pytest.raises(errors.BackendError, match=r"needs|missing"):
+            ops.resolve_backend(name, torch.device("cuda"))
+
+
+def test_a_gpu_without_the_cuda_library_warns_and_uses_the_reference(monkeypatch):
+    monkeypatch.setattr(native, "cuda_error", lambda: "The library is missing.")
+    with pytest.warns(UserWarning, match="reference is used on cuda. The library is missing"):
+        assert ops.resolve_backend("auto", torch.device("cuda")).name == "reference"

@@ -1,0 +1,141 @@
+"""csrc/core and the torch-free parts of csrc/cpu, compiled on their own and called through ctypes."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from prunepath.ops import reference
+
+CSRC = Path(__file__).parents[2] / "csrc"
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(not CSRC.is_dir(), reason="needs the source tree"),
+]
+
+SOURCE = r"""
+#include "core/routing.h"
+#include "cpu/ffn_kernels_portable.cpp"
+
+using namespace prunepath;
+
+extern "C" {
+void masses(float max, const float* z, int64_t size, int64_t* out) {
+  for (int64_t i = 0; i < size; ++i) out[i] = mass_units(max, z[i]);
+}
+int goes_before_(float a, int32_t i, float b, int32_t j) { return goes_before(a, i, b, j); }
+int is_needed_(int64_t before, float tau, int64_t total) { return is_needed(before, tau, total); }
+void widen(const void* data, int dtype, int64_t size, float* out) {
+  for (int64_t i = 0; i < size; ++i) out[i] = load_as_float(data, static_cast<DType>(dtype), i);
+}
+void widen_vector(const void* data, int dtype, int64_t size, float* out) {
+  for (int64_t i = 0; i < size; i += kLanes) {
+    store(out + i, dtype == 1 ? load(static_cast<const BFloat16*>(data) + i)
+                              : load(static_cast<const Float16*>(data) + i));
+  }
+}
+void narrow(const float* data, int dtype, int64_t size, void* out) {
+  for (int64_t i = 0; i < size; ++i) {
+    if (dtype == 1) from_float(data[i], static_cast<BFloat16*>(out) + i);
+    else from_float(data[i], static_cast<Float16*>(out) + i);
+  }
+}
+void portable_ffn(int64_t E, int64_t n, int64_t G, int64_t H, int dtype, const void* w_in,
+                  const void* w_out, const uint64_t* masks, const float* x, float* sum,
+                  float* partial) {
+  int32_t experts[64];
+  int64_t count = 0;
+  for (int32_t e = 0; e < E; ++e) if (masks[e]) experts[count++] = e;
+  const FfnWeights weights{{E, n, G, H}, static_cast<DType>(dtype), w_in, w_out, {}, {},
+                           Activation::kSilu};
+  kFfnKernelsPortable.run_neurons(weights, {experts, masks}, x, 0, count * n, sum, partial);
+}
+}
+"""
+DTYPES = {1: torch.bfloat16, 2: torch.float16}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("core")
+    (folder / "core_test.cpp").write_text(SOURCE)
+    path = folder / "core_test.so"
+    command = [COMPILER, "-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", f"-I{CSRC}"]
+    subprocess.run([*command, str(folder / "core_test.cpp"), "-o", str(path)], check=True)
+    loaded = ctypes.CDLL(str(path))
+    loaded.masses.argtypes = [ctypes.c_float, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    loaded.goes_before_.argtypes = [ctypes.c_float, ctypes.c_int32, ctypes.c_float, ctypes.c_int32]
+    loaded.is_needed_.argtypes = [ctypes.c_int64, ctypes.c_float, ctypes.c_int64]
+    for function in (loaded.widen, loaded.widen_vector, loaded.narrow):
+        function.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p]
+    loaded.portable_ffn.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] + [ctypes.c_void_p] * 6
+    return loaded
+
+
+def test_mass_of_a_million_logits(library):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(1_000_000, generator=generator).abs().neg() * 8
+    z[0] = 0.0
+    got = torch.empty(z.numel(), dtype=torch.int64)
+    library.masses(0.0, z.data_ptr(), z.numel(), got.data_ptr())
+    assert torch.equal(got, reference.mass(z[None])[0])
+
+
+def test_order_and_need(library):
+    assert library.goes_before_(1.0, 5, 0.0, 1) and not library.goes_before_(0.0, 1, 1.0, 5)
+    assert library.goes_before_(0.0, 1, -0.0, 2) and not library.goes_before_(0.0, 2, -0.0, 1)
+    assert library.is_needed_(49, 0.5, 100) and not library.is_needed_(50, 0.5, 100)
+    assert library.is_needed_(100, 1.0, 100) and library.is_needed_(100, float("nan"), 100)
+    assert not library.is_needed_(0, 0.0, 100)
+
+
+@pytest.mark.parametrize("code", DTYPES)
+@pytest.mark.parametrize("function", ["widen", "widen_vector"])
+def test_every_16_bit_value_widens_as_in_torch(library, code, function):
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(DTYPES[code])
+    got = torch.empty(values.numel())
+    getattr(library, function)(values.data_ptr(), code, values.numel(), got.data_ptr())
+    expected = values.float()
+    assert torch.equal(got.isnan(), expected.isnan())
+    numbers = ~expected.isnan()
+    assert torch.equal(got[numbers].view(torch.int32), expected[numbers].view(torch.int32))
+
+
+@pytest.mark.parametrize("code", DTYPES)
+def test_narrowing_rounds_as_torch_does(library, code):
+    dtype = DTYPES[code]
+    exact = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    halfway = (exact.double() + exact.double().roll(-1)).mul(0.5).float()
+    scales = 2.0 ** torch.arange(-30, 20).repeat(1000)
+    random = torch.randn(50_000, generator=torch.Generator().manual_seed(0)) * scales
+    values = torch.cat([exact, halfway, random, torch.tensor([65519.99, 65520.0, 3.4e38, 1e-45])])
+    values = torch.cat([values, torch.nextafter(values, torch.tensor(0.0))])
+    got = torch.empty(values.numel(), dtype=dtype)
+    library.narrow(values.data_ptr(), code, values.numel(), got.data_ptr())
+    expected = values.to(dtype)
+    assert torch.equal(got.isnan(), expected.isnan())
+    numbers = ~expected.isnan()
+    assert torch.equal(got[numbers].view(torch.int16), expected[numbers].view(torch.int16))
+
+
+@pytest.mark.parametrize("code, dtype", [(0, torch.float32), *DTYPES.items()])
+@pytest.mark.parametrize("gated", [False, True])
+def test_portable_kernels(library, make_ffn, code, dtype, gated):
+    """The kernels of processors without AVX2, whatever this one has."""
+    ffn = make_ffn(3, 6, 7, 29, gated=gated, dtype=dtype, parameters=False)
+    active = torch.tensor([[1, 0, 1, 0, 1, 1], [0, 0, 1, 0, 0, 1], [1, 0, 0, 0, 1, 0]])
+    masks = (active << torch.arange(3)[:, None]).sum(0)
+    x = ffn.x.float().contiguous()
+    sums, partial = torch.zeros(3, 29), torch.zeros(3, 29)
+    pointers = [t.data_ptr() for t in (ffn.w_in, ffn.w_out, masks, x, sums, partial)]
+    library.portable_ffn(6, 7, 2 if gated else 1, 29, code, *pointers)
+    counts = active.sum(1).int()
+    ids = active.argsort(dim=1, descending=True, stable=True).int()
+    wide = ffn.wide()
+    expected = reference.sparse_ffn(wide.x, wide.w_in, wide.w_out, ids, counts, "silu")
+    assert (sums.double() - expected).norm() <= 1e-6 * expected.norm()
