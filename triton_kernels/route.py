@@ -56,10 +56,13 @@ def route_kernel(
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     exists = lane < num_experts
-    # Upcast before any arithmetic: the mass of a bfloat16 logit is that of its float32 value.
-    z = tl.load(logits + token * stride_token + lane.to(tl.int64) * stride_expert, mask=exists, other=-float("inf")).to(
-        tl.float32
-    )
+    z = tl.load(logits + token * stride_token + lane.to(tl.int64) * stride_expert, mask=exists, other=-float("inf"))
+    # Upcast before any arithmetic: the mass of a logit is that of its float32 value.
+    if z.dtype == tl.bfloat16:
+        # By its bits, which the interpreter, too, gets right for subnormals.
+        z = (z.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        z = z.to(tl.float32)
     if THRESHOLD_IS_TENSOR:
         tau = tl.load(threshold + token * stride_threshold)
     else:
