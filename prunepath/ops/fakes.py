@@ -20,6 +20,13 @@ _OUT_OPS = (
     "sparse_ffn.out",
     "routed_ffn.out",
 )
+_OUTPUTS = {
+    "route": ("expert_ids", "probs", "counts"),
+    "pack_experts": ("w_in", "w_out"),
+    "unpack_experts": ("gate", "up", "down"),
+    "sparse_ffn": ("y",),
+    "routed_ffn": ("y", "counts"),
+}
 _library: torch.library.Library | None = None
 
 
@@ -92,25 +99,14 @@ def _register_cuda_references() -> None:
 
 def _copying(function):
     """The `.out` overload of a reference: its results copied to the keyword tensors that the schema names."""
+    names = _OUTPUTS[function.__name__]
 
     def out_function(*args, workspace: Tensor | None = None, **options):
-        names = _output_names(function)
-        outputs = [options.pop(name, None) for name in names]
+        outputs = [options.pop(name) for name in names]
         results = function(*args, **options)
-        results = [results] if isinstance(results, Tensor) else list(results)
-        if "gate" in names and len(results) == 2:  # no gate
-            outputs = outputs[1:]
+        results = [results] if isinstance(results, Tensor) else results
+        outputs = [output for output in outputs if output is not None]  # an FFN without a gate
         for output, result in zip(outputs, results, strict=True):
             output.copy_(result)
 
     return out_function
-
-
-def _output_names(function) -> tuple[str, ...]:
-    return {
-        "route": ("expert_ids", "probs", "counts"),
-        "pack_experts": ("w_in", "w_out"),
-        "unpack_experts": ("gate", "up", "down"),
-        "sparse_ffn": ("y",),
-        "routed_ffn": ("y", "counts"),
-    }[function.__name__]

@@ -162,8 +162,7 @@ def _check_limits(num_experts: int, min_experts: int, max_experts: int) -> None:
 
 def _threshold_column(threshold: float | Tensor, num_tokens: int, device: torch.device) -> Tensor:
     """The threshold as float32 [T, 1] or [1, 1]. Values are checked, except on a device where that would be a sync."""
-    given = isinstance(threshold, Tensor)
-    tau = threshold if given else torch.tensor(threshold, dtype=torch.float32)
+    tau = threshold if isinstance(threshold, Tensor) else torch.tensor(threshold, dtype=torch.float32)
     if tau.dtype != torch.float32 or tau.shape not in ((), (num_tokens,)):
         raise RuntimeError(
             f"route: expected threshold float32 of shape [] or [T] = [{num_tokens}], got {tau.dtype} of shape "
@@ -171,7 +170,9 @@ def _threshold_column(threshold: float | Tensor, num_tokens: int, device: torch.
         )
     if tau.device.type == "cpu" and not bool((tau.isfinite() & (tau > 0)).all()):
         raise RuntimeError(f"route: expected threshold to be finite and greater than 0 in float32, got {threshold}.")
-    return tau.to(device).reshape(-1, 1)
+    if tau is not threshold:  # a fill, where a copy to the device would wait for it
+        return torch.full((1, 1), tau.item(), dtype=torch.float32, device=device)
+    return tau.reshape(-1, 1)
 
 
 def _active_mask(expert_ids: Tensor, counts: Tensor, num_experts: int) -> Tensor:
