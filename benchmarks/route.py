@@ -47,9 +47,7 @@ def measure(experts: int, tokens: int, threshold: float, dtype: torch.dtype, rep
     got, expected = op(logits, threshold), reference.route(logits, threshold)
     for name, left, right in zip(("expert_ids", "probs", "counts"), got, expected, strict=True):
         if not torch.equal(left, right):
-            raise SystemExit(
-                f"route's {name} differ from the reference at E={experts}, T={tokens}: nothing is timed."
-            )
+            raise SystemExit(f"route's {name} differ from the reference at E={experts}, T={tokens}: nothing is timed.")
     agreement = (plain_torch(logits, threshold)[2] == got[2]).float().mean().item()
 
     candidates = {

@@ -48,9 +48,7 @@ class Texts:
 
     def __init__(self, sources: list[str], text_column: str) -> None:
         if not sources:
-            raise PrunePathError(
-                "Expected at least one text file, folder, JSONL file or dataset name, got none."
-            )
+            raise PrunePathError("Expected at least one text file, folder, JSONL file or dataset name, got none.")
         self.sources = sources
         self.text_column = text_column
         self._warned: set[str] = set()
@@ -105,9 +103,7 @@ class Texts:
             )
         if skipped and str(folder) not in self._warned:
             self._warned.add(str(folder))
-            warnings.warn(
-                f"{skipped} of {files} files in {folder} are not UTF-8 text: skipped.", stacklevel=2
-            )
+            warnings.warn(f"{skipped} of {files} files in {folder} are not UTF-8 text: skipped.", stacklevel=2)
 
     def _read_file(self, path: Path, *, json_lines: bool) -> Iterator[str]:
         try:
@@ -163,9 +159,7 @@ def _json_texts(path: Path, file, text_column: str) -> Iterator[str]:
             raise PrunePathError(f"{expected}, but line {number} of {path} is a JSON {_json_type(row)}.")
         if not isinstance(row.get(text_column), str):
             fields = ", ".join(row) or "none"
-            raise PrunePathError(
-                f"{expected}, but line {number} of {path} has no such field; its fields: {fields}."
-            )
+            raise PrunePathError(f"{expected}, but line {number} of {path} has no such field; its fields: {fields}.")
         yield row[text_column]
 
 
