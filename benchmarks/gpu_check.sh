@@ -27,13 +27,13 @@ stage() {  # NAME SECONDS COMMAND...: runs the command with its output in OUTDIR
 # From here on the installed package is what is imported, never the source folder.
 cd "$site" || exit 2
 export PYTHONPATH=$site PRUNEPATH_CUDA=1 PYTHONUNBUFFERED=1 CMAKE_ARGS="${CMAKE_ARGS:-} -DPRUNEPATH_PTXAS_VERBOSE=ON"
-tests=(-c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -m gpu "$root/python_tests")
+tests=(-c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -m gpu --continue-on-collection-errors)
 
 stage machine 60 "$python" -c 'import torch, triton
 print(torch.__version__, torch.version.cuda, triton.__version__, torch.cuda.get_device_name(), torch.cuda.get_device_capability())'
 stage build 300 bash -c 'cd "$1" && exec "$2" setup.py build --build-lib "$3"' build "$root" "$python" "$site"
-stage tests 240 "$python" -m pytest "${tests[@]}" -n 4 --durations=10
-stage memcheck 150 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest "${tests[@]}" -n 0 \
+stage tests 240 "$python" -m pytest "${tests[@]}" "$root/python_tests" -n 4 --durations=10
+stage memcheck 150 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest "${tests[@]}" "$root/python_tests/gpu" -n 0 \
     -k "(test_any_strides or test_out_overloads or any_number_of_experts and 4097 or move_the_bits and (7-33-65 or 3-5-7)) and not triton"
 echo
 cat "$out/summary.txt"
