@@ -39,7 +39,7 @@ class PrunePathConfig:
     sequence_length: int = 256
     partition_tokens: int = 4096
     router_tokens: int = 131072
-    router_learning_rate: float = 0.01
+    router_learning_rate: float = 0.1
     calibration_tokens: int = 8192
     backend: str = "auto"
 
@@ -48,18 +48,11 @@ class PrunePathConfig:
             raise PrunePathError(f"partition must be one of {', '.join(PARTITIONS)}, got {self.partition!r}.")
         if self.backend not in BACKENDS:
             raise PrunePathError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
-        for name in (
-            "num_experts",
-            "min_experts",
-            "sequence_length",
-            "partition_tokens",
-            "calibration_tokens",
-        ):
+        whole = [field.name for field in dataclasses.fields(self) if field.name.endswith("_tokens")]
+        for name in ("num_experts", "min_experts", "sequence_length", *whole):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PrunePathError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        if self.router_tokens < 0:
-            raise PrunePathError(f"router_tokens must be at least 0, got {self.router_tokens!r}.")
         if self.min_experts > self.num_experts:
             raise PrunePathError(
                 f"min_experts must be at most num_experts = {self.num_experts}, got {self.min_experts}."

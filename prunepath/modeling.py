@@ -382,23 +382,31 @@ def load(name: str | os.PathLike, *, dtype: Any = "auto", device: Any = None) ->
         raise PrunePathError(f"Expected a model folder or a hub name, but there is no folder {name}.")
     if folder.exists():
         _check_model_folder(folder)
-    try:
+    with _loading(name):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except PrunePathError:
-        raise
-    except Exception as error:  # transformers, safetensors and tokenizers each have their own kinds
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"Expected {name} to be a complete model that transformers loads, but: {first[0]}") from (
-            error
-        )
     damaged = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if damaged:
         raise CheckpointError(
             f"Expected {name} to hold every weight of its {type(model).__name__} in its right shape, but "
             f"{len(damaged)} are missing or of another shape, {damaged[0]} among them."
         )
+    with _loading(name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     return (model if device is None else model.to(device)), tokenizer
+
+
+@contextlib.contextmanager
+def _loading(name: str | os.PathLike) -> Iterator[None]:
+    """Turns whatever transformers, safetensors or tokenizers raise into one sentence."""
+    try:
+        yield
+    except PrunePathError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise CheckpointError(
+            f"Expected {name} to be a complete model and tokenizer that transformers loads, but: {lines[0]}"
+        ) from error
 
 
 def _check_model_folder(folder: Path) -> None:

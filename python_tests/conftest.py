@@ -3,6 +3,9 @@
 import importlib.util
 import os
 
+# OpenMP's threads spin while they wait, which starves the other workers' threads. Read when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
