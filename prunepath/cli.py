@@ -107,7 +107,7 @@ def convert(
     partition_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens that group the neurons.")
     ] = _defaults.partition_tokens,
-    router_tokens: Annotated[int, typer.Option(min=0, help="Tokens that train the routers.")] = _defaults.router_tokens,
+    router_tokens: Annotated[int, typer.Option(min=1, help="Tokens that train the routers.")] = _defaults.router_tokens,
     router_learning_rate: Annotated[
         float, typer.Option(help="Peak learning rate of the routers.")
     ] = _defaults.router_learning_rate,
@@ -349,19 +349,20 @@ class _Results:
     def table(self, rows: list[dict]) -> None:
         if self.as_json:
             return
+        from rich import box
         from rich.table import Table
 
         columns = {
             "budget": ("budget", "{:.2f}"),
             "threshold": ("threshold", "{:.3f}"),
             "active_fraction": ("active", "{:.1%}"),
-            "perplexity": ("perplexity", "{:.3f}"),
+            "perplexity": ("ppl", "{:.3f}"),
             "bits_per_byte": ("bits/byte", "{:.4f}"),
             "tokens_per_second": ("sparse tok/s", "{:.1f}"),
             "dense_tokens_per_second": ("dense tok/s", "{:.1f}"),
         }
         columns = {name: column for name, column in columns.items() if any(row[name] is not None for row in rows)}
-        table = Table()
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fits in 80 columns
         for title, _ in columns.values():
             table.add_column(title, justify="right")
         for row in rows:

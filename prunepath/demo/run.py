@@ -9,7 +9,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.1)
 SAMPLE_BUDGETS = (1.0, 0.5, 0.25, 0.1)
 PROMPT = 'class Stack:\n    """A last-in, first-out collection."""\n\n    def __init__(self'
 # Sizes that keep the demo at about two minutes on two cores.
-CONFIG = prunepath.PrunePathConfig(num_experts=64, partition_tokens=2048, router_tokens=32768, calibration_tokens=2048)
+CONFIG = prunepath.PrunePathConfig(num_experts=64, partition_tokens=2048, router_tokens=65536, calibration_tokens=2048)
 SEQUENCE_LENGTH = 256
 HELD_OUT_TOKENS = 16384
 HELD_OUT_CHARACTERS = 800
@@ -52,7 +52,8 @@ def run(out: str | Path, *, progress: Callable[[str], None] = lambda line: None)
         PrunePathError: `out` has something in it, or a native library is missing.
     """
     start = time.perf_counter()
-    with whole_folder(out) as folder:
+    with whole_folder(out) as folder, _threads(1):
+        # On matrices this small more threads mostly wait for each other, and far more so on a busy machine.
         torch.manual_seed(0)
         progress("Loading the embedded model.")
         with model_folder() as path:
@@ -102,6 +103,17 @@ def run(out: str | Path, *, progress: Callable[[str], None] = lambda line: None)
         }
         write_json(folder / "tradeoff.json", outcome)
     return outcome
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Limits torch to so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def model_folder() -> contextlib.AbstractContextManager[Path]:

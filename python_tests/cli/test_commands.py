@@ -49,7 +49,7 @@ def test_every_field_of_the_configuration_is_an_option_with_its_default():
 def test_eval_prints_a_table_of_budgets(prunepath_command, sparse_folder, corpus):
     result = prunepath_command("eval", sparse_folder, "--data", corpus, "--budget", "1.0,0.5", "--max-tokens", 200)
     assert result.exit_code == 0, result.output
-    for word in ("budget", "threshold", "active", "perplexity", "bits/byte", "1.00", "0.50", "100.0%"):
+    for word in ("budget", "threshold", "active", "ppl", "bits/byte", "1.00", "0.50", "100.0%"):
         assert word in result.stdout
 
 
