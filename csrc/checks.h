@@ -7,11 +7,12 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "core/activations.h"
 #include "core/layout.h"
@@ -21,13 +22,23 @@ namespace prunepath {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Text of an argument for an error message. Not a string stream: where a library carries its own
+// copy of libstdc++, a stream's locale may come from another one.
+inline std::string text(const char* value) { return value; }
+inline std::string text(const std::string& value) { return value; }
+inline std::string text(double value) {
+  char digits[32];
+  std::snprintf(digits, sizeof(digits), "%g", value);
+  return digits;
+}
+template <typename Integer, std::enable_if_t<std::is_integral_v<Integer>, int> = 0>
+inline std::string text(Integer value) {
+  return std::to_string(value);
+}
+
 template <typename... Parts>
 [[noreturn]] inline void fail(const char* op, const Parts&... parts) {
-  std::ostringstream message;
-  message << "prunepath::" << op << ": ";
-  (message << ... << parts);
-  message << ".";
-  throw std::runtime_error(message.str());
+  throw std::runtime_error("prunepath::" + std::string(op) + ": " + (text(parts) + ...) + ".");
 }
 
 inline const char* dtype_name(ScalarType dtype) {
@@ -55,15 +66,11 @@ inline const char* dtype_name(ScalarType dtype) {
 
 template <typename Sizes>
 inline std::string shape_string(const Sizes& sizes) {
-  std::ostringstream out;
-  out << "[";
-  const char* separator = "";
+  std::string out;
   for (int64_t size : sizes) {
-    out << separator << size;
-    separator = ", ";
+    out += (out.empty() ? "[" : ", ") + text(size);
   }
-  out << "]";
-  return out.str();
+  return out.empty() ? "[]" : out + "]";
 }
 
 inline bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape) {

@@ -48,9 +48,9 @@ inline Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype)
       break;
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()),
-                                                         shape.begin(), strides, dtype_code,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(),
+                                                  strides, dtype_code, aoti_torch_device_type_cpu(),
+                                                  0, &handle));
   return Tensor(handle);
 }
 

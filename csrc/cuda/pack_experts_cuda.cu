@@ -103,30 +103,6 @@ View down_of(const Tensor& w_out, const ExpertLayout& layout) {
   return {w_out, 0, 1, out_offset(layout, 1)};
 }
 
-ExpertLayout check_pack(const std::optional<Tensor>& gate, const Tensor& up, const Tensor& down,
-                        int64_t num_experts) {
-  const char* op = "pack_experts";
-  check_float_dtype(op, "up", up);
-  if (up.dim() != 2) {
-    fail(op, "expected up of shape [D, H], got ", shape_string(up.sizes()));
-  }
-  const int64_t D = up.size(0);
-  const int64_t H = up.size(1);
-  check_same_device(op, "down", down, "up", up);
-  check_dtype(op, "down", down, up.scalar_type());
-  check_shape(op, "down", down, {H, D}, "[H, D]");
-  if (gate.has_value()) {
-    check_same_device(op, "gate", *gate, "up", up);
-    check_dtype(op, "gate", *gate, up.scalar_type());
-    check_shape(op, "gate", *gate, {D, H}, "[D, H]");
-  }
-  if (num_experts < 1 || D % num_experts != 0) {
-    fail(op, "expected num_experts to be at least 1 and to divide the ", D, " neurons of up, got ",
-         num_experts);
-  }
-  return {num_experts, D / num_experts, gate.has_value() ? 2 : 1, H};
-}
-
 void pack_into(const std::optional<Tensor>& gate, const Tensor& up, const Tensor& down,
                const ExpertLayout& layout, const Tensor& w_in, const Tensor& w_out) {
   const char* op = "pack_experts";
@@ -142,7 +118,7 @@ void pack_into(const std::optional<Tensor>& gate, const Tensor& up, const Tensor
 
 std::tuple<Tensor, Tensor> pack_experts(const std::optional<Tensor>& gate, const Tensor& up,
                                         const Tensor& down, int64_t num_experts) {
-  const ExpertLayout layout = check_pack(gate, up, down, num_experts);
+  const ExpertLayout layout = check_pack_experts(gate, up, down, num_experts);
   const auto [E, n, G, H] = layout;
   std::tuple<Tensor, Tensor> packed{torch::stable::new_empty(up, {E, n, G, H}),
                                     torch::stable::new_empty(up, {E, n, H})};
@@ -152,19 +128,9 @@ std::tuple<Tensor, Tensor> pack_experts(const std::optional<Tensor>& gate, const
 
 void pack_experts_out(const std::optional<Tensor>& gate, const Tensor& up, const Tensor& down,
                       int64_t num_experts, Tensor& w_in, Tensor& w_out) {
-  const char* op = "pack_experts";
-  const ExpertLayout layout = check_pack(gate, up, down, num_experts);
-  const auto [E, n, G, H] = layout;
-  check_out(op, "w_in", w_in, up.scalar_type(), {E, n, G, H}, "[E, n, G, H]", "up", up);
-  check_out(op, "w_out", w_out, up.scalar_type(), {E, n, H}, "[E, n, H]", "up", up);
+  const ExpertLayout layout = check_pack_experts(gate, up, down, num_experts);
+  check_pack_experts_out(layout, up, w_in, w_out);
   pack_into(gate, up, down, layout, w_in, w_out);
-}
-
-ExpertLayout check_unpack(const Tensor& w_in, const Tensor& w_out) {
-  const ExpertLayout layout = check_expert_weights("unpack_experts", w_in, w_out);
-  check_contiguous("unpack_experts", "w_in", w_in);
-  check_contiguous("unpack_experts", "w_out", w_out);
-  return layout;
 }
 
 void unpack_into(const Tensor& w_in, const Tensor& w_out, const ExpertLayout& layout,
@@ -181,7 +147,7 @@ void unpack_into(const Tensor& w_in, const Tensor& w_out, const ExpertLayout& la
 }
 
 std::vector<Tensor> unpack_experts(const Tensor& w_in, const Tensor& w_out) {
-  const ExpertLayout layout = check_unpack(w_in, w_out);
+  const ExpertLayout layout = check_unpack_experts(w_in, w_out);
   const int64_t D = num_neurons(layout);
   const int64_t H = layout.hidden_size;
   std::vector<Tensor> weights;
@@ -197,21 +163,8 @@ std::vector<Tensor> unpack_experts(const Tensor& w_in, const Tensor& w_out) {
 
 void unpack_experts_out(const Tensor& w_in, const Tensor& w_out, std::optional<Tensor> gate,
                         Tensor& up, Tensor& down) {
-  const char* op = "unpack_experts";
-  const ExpertLayout layout = check_unpack(w_in, w_out);
-  const int64_t D = num_neurons(layout);
-  const int64_t H = layout.hidden_size;
-  const ScalarType dtype = w_in.scalar_type();
-  if (gate.has_value() != (layout.per_neuron == 2)) {
-    fail(op, "expected gate to be ", layout.per_neuron == 2 ? "given" : "None",
-         " for w_in of shape ", shape_string(w_in.sizes()), ", got ",
-         gate.has_value() ? "a tensor" : "None");
-  }
-  if (gate.has_value()) {
-    check_out(op, "gate", *gate, dtype, {D, H}, "[D, H]", "w_in", w_in);
-  }
-  check_out(op, "up", up, dtype, {D, H}, "[D, H]", "w_in", w_in);
-  check_out(op, "down", down, dtype, {H, D}, "[H, D]", "w_in", w_in);
+  const ExpertLayout layout = check_unpack_experts(w_in, w_out);
+  check_unpack_experts_out(layout, w_in, gate, up, down);
   unpack_into(w_in, w_out, layout, gate.has_value() ? &*gate : nullptr, up, down);
 }
 
