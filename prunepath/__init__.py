@@ -7,10 +7,10 @@ Importing this package registers `torch.ops.prunepath.*` and lets transformers' 
 checkpoints as sparse models.
 """
 
-import prunepath.integrations.transformers  # noqa: F401 (registers the quantizer)
 from prunepath.config import PrunePathConfig
 from prunepath.convert.adapters import FFNAdapter, register_adapter
 from prunepath.errors import BackendError, CheckpointError, NativeLibraryError, PrunePathError
+from prunepath.integrations import register as _register_integrations
 from prunepath.modeling import (
     convert,
     get_thresholds,
@@ -25,6 +25,8 @@ from prunepath.modeling import (
 from prunepath.nn import FFNLayout, SparseFFN
 
 __version__ = "0.1.0"
+
+_register_integrations()
 
 __all__ = [
     "BackendError",

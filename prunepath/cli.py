@@ -502,11 +502,10 @@ def _describe(path: str | Path) -> dict:
     """A checkpoint as its folder tells it, without loading the weights."""
     from safetensors import SafetensorError, safe_open
 
-    from prunepath.modeling import QUANT_METHOD, SparseDescription, _check_model_folder
+    from prunepath.modeling import QUANT_METHOD, SparseDescription, read_model_config
 
     folder = Path(path)
-    _check_model_folder(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_model_config(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"Expected weights in {folder}, but it has no .safetensors file.")

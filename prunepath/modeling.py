@@ -103,8 +103,13 @@ class SparseDescription:
                 calibration_shape=str(data["calibration_shape"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            what = f"the entry {error}" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(f"Expected a complete PrunePath quantization_config, but: {what}") from error
+            if isinstance(error, KeyError):
+                problem = f"it has no entry {error}."
+            elif isinstance(error, PrunePathError):
+                problem = str(error)
+            else:
+                problem = "an entry is of the wrong kind."
+            raise CheckpointError(f"Expected a complete PrunePath quantization_config, but: {problem}") from error
         for name, values in [("thresholds", description.thresholds), *description.budgets.items()]:
             if len(values) != len(description.ffns):
                 raise CheckpointError(
@@ -313,12 +318,18 @@ def _bars(enabled: bool) -> Iterator[Any]:
 
 
 def check_output_folder(out: str | os.PathLike) -> Path:
-    """`out` as a path, if a checkpoint can be written there: it does not exist, or is an empty folder."""
+    """`out` as a path, if a folder can appear there: it does not exist or is empty, and its parent can be written."""
     out = Path(out)
-    if out.is_dir() and any(out.iterdir()):
-        raise PrunePathError(f"Expected an output folder that does not exist or is empty, but {out} has files in it.")
-    if out.exists() and not out.is_dir():
-        raise PrunePathError(f"Expected an output folder, but {out} is a file.")
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            raise PrunePathError(f"Expected an output folder that is new or empty, but {out} has files in it.")
+        if out.exists() and not out.is_dir():
+            raise PrunePathError(f"Expected an output folder, but {out} is a file.")
+        existing = next(parent for parent in out.absolute().parents if parent.exists())
+    except OSError as error:
+        raise PrunePathError(f"Expected an output folder, but {out} cannot be read: {error}.") from error
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise PrunePathError(f"Expected an output folder in a place that can be written, but {existing} cannot.")
     return out
 
 
@@ -381,7 +392,7 @@ def load(name: str | os.PathLike, *, dtype: Any = "auto", device: Any = None) ->
     if not folder.exists() and (folder.is_absolute() or str(name).startswith(".") or str(name).count("/") > 1):
         raise PrunePathError(f"Expected a model folder or a hub name, but there is no folder {name}.")
     if folder.exists():
-        _check_model_folder(folder)
+        read_model_config(folder)
     with _loading(name):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     damaged = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
@@ -409,7 +420,12 @@ def _loading(name: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
-def _check_model_folder(folder: Path) -> None:
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """The contents of a local model's config.json, whose `quantization_config` is checked if it is PrunePath's.
+
+    Raises:
+        PrunePathError: if there is none, or it cannot be read as one.
+    """
     path = folder / "config.json"
     if not folder.is_dir() or not path.is_file():
         raise PrunePathError(f"Expected a model folder with a config.json, but {path} is not there.")
@@ -417,11 +433,12 @@ def _check_model_folder(folder: Path) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it holds no JSON object")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"Expected {path} to be a model's configuration in JSON, but: {error}.") from error
     sparsity = config.get("quantization_config")
     if isinstance(sparsity, dict) and sparsity.get("quant_method") == QUANT_METHOD:
         SparseDescription.from_dict(sparsity)
+    return config
 
 
 def check_routers(model: nn.Module) -> None:

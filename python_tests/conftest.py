@@ -15,10 +15,10 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 @pytest.fixture(autouse=True)
 def _poisoned_allocations():
-    """Fills every uninitialised tensor with NaN (integers: their maximum), so that an unwritten output shows.
+    """Fills every uninitialised tensor that Python makes with NaN (integers: their maximum), so that reading it shows.
 
-    It holds in ATen's own `empty`, which the C++ operators allocate with, too. Tensors that a test hands to
-    an `.out` overload are its own: `torch.empty` poisons them, `torch.zeros` would hide an unwritten output.
+    The C++ operators allocate their results below the layer where this happens; their tests hand poisoned tensors to
+    the `.out` overloads instead.
     """
     before = (
         torch.are_deterministic_algorithms_enabled(),

@@ -1,4 +1,7 @@
-"""Loading sparse checkpoints by transformers' `from_pretrained`: a registered quantizer."""
+"""Loading sparse checkpoints by transformers' `from_pretrained`: a registered quantizer.
+
+Imported while `transformers.quantizers` is still loading, so it names the submodules that are complete by then.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from prunepath.errors import CheckpointError

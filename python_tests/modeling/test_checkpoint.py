@@ -161,6 +161,7 @@ def test_a_format_version_from_the_future_is_refused(folder):
         ({"config": {"num_experts": 0}}, "num_experts"),
         ({"format_version": "1"}, "format_version"),
         ({"ffns": ["model.layers.0.mlp", "model.layers.9.mlp"]}, "layers.9"),
+        ({"ffns": None}, "wrong kind"),
     ],
 )
 def test_a_tampered_description_is_refused(folder, changes, message):

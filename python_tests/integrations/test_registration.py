@@ -1,0 +1,25 @@
+"""Sparse checkpoints load sparse, whichever of prunepath and transformers is imported first."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run(script):
+    return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_importing_prunepath_does_not_import_transformers():
+    assert run("import sys, prunepath; print('transformers' in sys.modules)") == "False"
+
+
+@pytest.mark.parametrize("first", ["prunepath", "transformers", "transformers.quantizers"])
+def test_the_quantizer_is_registered_in_either_order(first):
+    script = (
+        f"import {first}, prunepath, transformers, torch\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING\n"
+        "print(AUTO_QUANTIZER_MAPPING['prunepath'].__name__, AUTO_QUANTIZATION_CONFIG_MAPPING['prunepath'].__name__)\n"
+        "print(torch.ops.prunepath.route(torch.zeros(1, 4), 0.5)[2].tolist())"
+    )
+    assert run(script).splitlines() == ["PrunePathQuantizer PrunePathQuantizationConfig", "[2]"]
