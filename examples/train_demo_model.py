@@ -1,7 +1,7 @@
 """Trains PrunePath's embedded demo model from scratch on the Python standard library's sources.
 
-    python examples/train_demo_model.py --out demo-model --time-budget 540   # 9 minutes on one large GPU
-    python examples/train_demo_model.py --evaluate prunepath/demo/model      # bits per byte, beside xz
+    python examples/train_demo_model.py --out demo-model --steps 4500      # a few minutes on one large GPU
+    python examples/train_demo_model.py --evaluate prunepath/demo/model    # bits per byte, beside xz
 
 A byte-level BPE tokenizer is trained on the train split, then a Llama-architecture model (SwiGLU, tied
 embeddings) as a plain dense language model. The checkpoint with the lowest validation loss is kept, and each
@@ -355,9 +355,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="windows in a step")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--warmup", type=int, default=500, help="steps")
-    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--weight-decay", type=float, default=0.4)
     parser.add_argument("--dropout", type=float, default=0.2)
-    parser.add_argument("--validate-every", type=int, default=400, help="steps")
+    parser.add_argument("--validate-every", type=int, default=500, help="steps")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")
     args = parser.parse_args()
     if args.evaluate:

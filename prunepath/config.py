@@ -25,7 +25,7 @@ class PrunePathConfig:
         sequence_length: tokens of one calibration window.
         partition_tokens: calibration tokens whose activations group the neurons and give their means.
         router_tokens: calibration tokens that the routers train on, each seen once.
-        router_learning_rate: peak learning rate of the routers' AdamW, in units of logits per normalised input.
+        router_learning_rate: peak learning rate of the routers' AdamW on standardised inputs, before division by √H.
         calibration_tokens: tokens, held out from router training, that turn budgets into thresholds.
         backend: `auto`, or one of `triton`, `cuda`, `cpu`, `reference`.
     """
@@ -39,7 +39,7 @@ class PrunePathConfig:
     sequence_length: int = 256
     partition_tokens: int = 4096
     router_tokens: int = 131072
-    router_learning_rate: float = 0.1
+    router_learning_rate: float = 0.03
     calibration_tokens: int = 8192
     backend: str = "auto"
 

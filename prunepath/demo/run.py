@@ -32,6 +32,7 @@ SEQUENCE_LENGTH = 256
 HELD_OUT_TOKENS = 16384
 HELD_OUT_CHARACTERS = 800
 SAMPLE_TOKENS = 48
+TEMPERATURE = 0.7  # greedily, a model this small repeats itself, dense or sparse
 DECODE_TOKENS = 32
 DECODE_REPEATS = 5
 
@@ -128,11 +129,13 @@ def _beginning(text: str) -> str:
 
 def _sample(model, tokenizer, prompt: torch.Tensor, budget: float) -> dict:
     prunepath.set_budget(model, budget)
+    torch.manual_seed(0)
     ids = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=SAMPLE_TOKENS,
-        do_sample=False,
+        do_sample=True,
+        temperature=TEMPERATURE,
         pad_token_id=tokenizer.eos_token_id,
     )[0, prompt.shape[1] :]
     return {"budget": budget, "prompt": PROMPT, "text": tokenizer.decode(ids, skip_special_tokens=True)}
