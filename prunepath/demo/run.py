@@ -28,9 +28,9 @@ SAMPLE_BUDGETS = (1.0, 0.5, 0.25, 0.1)
 PROMPT = 'class Stack:\n    """A last-in, first-out collection."""\n\n    def __init__(self'
 # Sizes that keep the demo at about two minutes on two cores.
 CONFIG = prunepath.PrunePathConfig(num_experts=64, partition_tokens=2048, router_tokens=65536, calibration_tokens=2048)
-SEQUENCE_LENGTH = 256
+SEQUENCE_LENGTH = 512
 HELD_OUT_TOKENS = 16384
-HELD_OUT_CHARACTERS = 800
+HELD_OUT_CHARACTERS = 1600
 SAMPLE_TOKENS = 48
 TEMPERATURE = 0.7  # greedily, a model this small repeats itself, dense or sparse
 DECODE_TOKENS = 32
