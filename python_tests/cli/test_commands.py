@@ -132,11 +132,10 @@ def test_the_version_is_the_packages(prunepath_command):
     assert installed == prunepath.__version__
 
 
-def test_a_real_process_prints_json_alone_on_standard_output(sparse_folder, corpus):
+def test_a_real_process_prints_json_alone_on_standard_output(sparse_folder, corpus, tmp_path):
     command = [sys.executable, "-m", "prunepath.cli", "eval", str(sparse_folder), "--data", str(corpus)]
-    result = subprocess.run(
-        [*command, "--max-tokens", "50", "--budget", "0.5", "--json"], capture_output=True, text=True, check=True
-    )
+    command += ["--max-tokens", "50", "--budget", "0.5", "--json"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(result.stdout)["rows"][0]["tokens"] == 50
     assert "Traceback" not in result.stderr
 

@@ -74,10 +74,10 @@ def test_a_plot_of_nothing_is_refused(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_only_drawing_needs_matplotlib():
+def test_only_drawing_needs_matplotlib(tmp_path):
     code = (
         "import sys, prunepath.eval.decode, prunepath.eval.perplexity;"
         "import prunepath.eval.plots, prunepath.eval.tradeoff;"
         "sys.exit('matplotlib' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0

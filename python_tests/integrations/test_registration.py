@@ -6,16 +6,25 @@ import sys
 import pytest
 
 
-def run(script):
-    return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.strip()
+@pytest.fixture
+def run(tmp_path):
+    """Runs a script in a process of its own, away from the source folder, and returns what it prints."""
+
+    def run(script):
+        result = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True
+        )
+        return result.stdout.strip()
+
+    return run
 
 
-def test_importing_prunepath_does_not_import_transformers():
+def test_importing_prunepath_does_not_import_transformers(run):
     assert run("import sys, prunepath; print('transformers' in sys.modules)") == "False"
 
 
 @pytest.mark.parametrize("first", ["prunepath", "transformers", "transformers.quantizers"])
-def test_the_quantizer_is_registered_in_either_order(first):
+def test_the_quantizer_is_registered_in_either_order(run, first):
     script = (
         f"import {first}, prunepath, transformers, torch\n"
         "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING\n"

@@ -82,7 +82,7 @@ def test_without_prunepath_the_checkpoint_is_the_dense_model(dense, token_texts,
         f"torch.save(model(torch.load({str(tmp_path / 'ids')!r})).logits, {str(tmp_path / 'logits')!r})\n"
         "assert 'prunepath' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
     actual = torch.load(tmp_path / "logits")
     assert (actual - expected).norm() / expected.norm() < 1e-6
 
