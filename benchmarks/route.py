@@ -11,15 +11,14 @@ selects the same experts is reported. Medians of interleaved repetitions, on fre
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
-import time
 
 import torch
+from common import machine, seconds, whole_numbers
 
 from prunepath import native
+from prunepath.eval.files import write_json
 from prunepath.ops import reference
 
 
@@ -32,13 +31,6 @@ def plain_torch(logits: torch.Tensor, threshold: float):
         probs.masked_fill(~active, 0),
         active.sum(-1, dtype=torch.int32),
     )
-
-
-def seconds(function, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    return (time.perf_counter() - start) / calls
 
 
 def measure(experts: int, tokens: int, threshold: float, dtype: torch.dtype, repeats: int) -> dict:
@@ -74,10 +66,6 @@ def measure(experts: int, tokens: int, threshold: float, dtype: torch.dtype, rep
     }
 
 
-def whole_numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--experts", type=whole_numbers, default=[64, 128, 256], help="comma-separated")
@@ -99,7 +87,7 @@ def main() -> None:
         f"--threads {args.threads} --repeats {args.repeats} --seed {args.seed}"
     )
     table = sys.stderr if args.json == "-" else sys.stdout
-    print(f"{command}\ntorch {torch.__version__}, {platform.machine()}, {os.cpu_count()} CPUs", file=table)
+    print(f"{command}\n{machine()}", file=table)
     print("    E     T  mean count    route µs  plain torch µs  speed-up", file=table)
     rows = []
     for experts in args.experts:
@@ -111,13 +99,11 @@ def main() -> None:
                 f"{row['plain_torch_us']:15.2f} {row['speedup']:8.1f}x",
                 file=table,
             )
-    if args.json:
-        text = json.dumps({"command": command, "torch": torch.__version__, "rows": rows}, indent=2)
-        if args.json == "-":
-            print(text)
-        else:
-            with open(args.json, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
+    result = {"command": command, "machine": machine(), "torch": torch.__version__, "rows": rows}
+    if args.json == "-":
+        print(json.dumps(result, indent=2))
+    elif args.json:
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

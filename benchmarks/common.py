@@ -1,0 +1,61 @@
+"""What the benchmarks share: the clock, the machine's description, comma-separated options."""
+
+import functools
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def seconds(function: Callable[[], object], calls: int = 1) -> float:
+    """Mean wall time of a call, over `calls` calls in a row."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+def whole_numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def machine() -> str:
+    """The torch version and the processor, for the first line of a table."""
+    return f"torch {torch.__version__}, {processor()}, {os.cpu_count()} CPUs"
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return " ".join([*names[:1], platform.machine()])
+
+
+@functools.cache
+def last_level_cache_bytes() -> int:
+    """Bytes of all last-level CPU caches together; 64 MiB where the system does not say."""
+    caches = {}
+    for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
+        try:
+            level, size, sharers = ((index / name).read_text().strip() for name in ("level", "size", "shared_cpu_list"))
+        except OSError:
+            continue
+        caches[int(level), sharers] = int(size.removesuffix("K")) * 1024
+    last = max((level for level, _ in caches), default=0)
+    return sum(size for (level, _), size in caches.items() if level == last) or 64 * 2**20
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be taken without swapping; half of the machine's where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -1,0 +1,576 @@
+"""Times routed_ffn and sparse_ffn at chosen active fractions beside dense and sparse FFNs in plain torch.
+
+    python benchmarks/ffn.py --device cpu                        # four real shapes, bfloat16, one token
+    python benchmarks/ffn.py --shapes llama-3-8b --active 10,25 --batch 1,8 --threads 1,2 --csv ffn.csv
+
+Nothing is timed before it has been checked: every call's result, on the very tensors that are timed, is compared with
+a float64 reference given the selection. `routed_ffn` gets its active fraction from a router and a threshold per token,
+and its counts are checked too; `sparse_ffn` is given the same experts. The weights of several layers are rotated, as
+many as it takes for a round to read several times the last-level cache, and a round of every candidate, and of a probe
+of the read bandwidth, is taken in turn. Times are medians of those rounds, per call.
+
+The baselines are dense (F.linear; oneDNN with weights packed beforehand) or read the active experts alone (F.grouped_mm
+over lists of tokens per expert that are made beforehand; index_select, which copies the weights, and F.linear; with
+"(T)" the copy of the down projection is transposed too, which suits some of torch's half-precision kernels). GB/s
+are the bytes of weights that a call needs, not what it moves: those of the experts that any token of the batch chose,
+the router's where it runs, and everything for a dense FFN. "vs dense" is against the fastest dense baseline.
+"""
+
+import argparse
+import csv
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import available_memory_bytes, last_level_cache_bytes, machine, seconds, whole_numbers
+from torch import Tensor
+
+from prunepath import native
+from prunepath.errors import PrunePathError
+from prunepath.eval.files import replacing, write_json
+from prunepath.ops import reference
+
+# Largest relative error of the operators. The baselines are allowed more: torch's own float32 linear can miss 1e-6,
+# and a baseline must not drop out of the comparison for that.
+TOLERANCES = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 5e-3}
+BASELINE_TOLERANCE = 4
+ONEDNN_ACTIVATIONS = {"relu": "relu", "silu": "swish"}
+# What a round reads, in last-level caches, if the memory allows it.
+CACHES_A_ROUND = 4
+# A slow baseline's round is cut to about this; fewer layers can only make it look faster.
+BASELINE_ROUND_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden_size: int
+    intermediate_size: int
+    gated: bool
+    activation: str
+
+
+SHAPES = {
+    "llama-3-8b": Shape(4096, 14336, True, "silu"),
+    "opt-6.7b": Shape(4096, 16384, False, "relu"),
+    "qwen2.5-1.5b": Shape(1536, 8960, True, "silu"),
+    "t5-large": Shape(1024, 4096, False, "relu"),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An FFN's random weights as experts, and its router."""
+
+    w_in: Tensor  # [E, n, G, H]
+    w_out: Tensor  # [E, n, H]
+    router: Tensor  # [E, H]
+
+    @property
+    def nbytes(self) -> int:
+        return self.w_in.nbytes + self.w_out.nbytes
+
+    @classmethod
+    def random(cls, shape: Shape, num_experts: int, dtype: torch.dtype, device: torch.device, seed: int) -> "Layer":
+        generator = torch.Generator(device).manual_seed(seed)
+        width = shape.intermediate_size // num_experts
+
+        def normal(*size: int, std: float) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=device).normal_(0, std, generator=generator)
+
+        return cls(
+            normal(num_experts, width, 1 + shape.gated, shape.hidden_size, std=shape.hidden_size**-0.5),
+            normal(num_experts, width, shape.hidden_size, std=shape.intermediate_size**-0.5),
+            # Logits of standard deviation 2: peaked, and no tail so thin that float32 thresholds cannot cut it.
+            normal(num_experts, shape.hidden_size, std=2 * shape.hidden_size**-0.5),
+        )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a layer is called with, the selection that this makes, and the float64 result."""
+
+    layer: Layer
+    x: Tensor  # [T, H]
+    threshold: Tensor  # [T]
+    expert_ids: Tensor  # [T, E], as `route` gives them
+    counts: Tensor  # [T]
+    union: Tensor  # sorted experts that any token chose
+    local_ids: Tensor  # [T, count], positions in `union`
+    expected: Tensor  # [T, H] float64
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the active experts' weights."""
+        return self.layer.nbytes * len(self.union) // self.layer.w_in.shape[0]
+
+
+@dataclass
+class Candidate:
+    name: str
+    calls: list[Callable[[], object]]  # one a layer
+    nbytes: float  # that a call needs, on average
+    dense: bool = False
+    required: bool = False  # nothing is timed if its check fails
+    error: float | None = None  # the largest of its calls
+    skipped: str | None = None
+
+
+def make_inputs(layer: Layer, count: int, batch: int, correlation: float, activation: str, seed: int) -> Inputs:
+    """Random tokens for which the layer's router, with a threshold for each token, selects `count` experts."""
+    device = layer.router.device
+    num_experts, hidden_size = layer.router.shape
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    shared = normal(1, hidden_size)
+
+    def tokens(number: int) -> Tensor:
+        own = normal(number, hidden_size)
+        return (correlation**0.5 * shared + (1 - correlation) ** 0.5 * own).to(layer.router.dtype)
+
+    x = tokens(batch)
+    if count == num_experts:
+        threshold = torch.ones(batch, device=device)
+    else:
+        # Tokens whose last selected and first skipped expert have almost the same logit are drawn again: there the
+        # order in which a router's dot product is summed could change the selection.
+        while True:
+            logits = x.double() @ layer.router.double().t()
+            ranked = logits.sort(dim=1, descending=True).values
+            close = ranked[:, count - 1] - ranked[:, count] < 1e-3
+            if not close.any():
+                break
+            x[close] = tokens(int(close.sum()))
+        before = reference.mass_before(logits).sort(dim=1).values
+        threshold = before[:, count - 1 : count + 1].mean(1).float()
+    expert_ids, _, counts = reference.route(x.double() @ layer.router.double().t(), threshold)
+    if not (counts == count).all():
+        raise SystemExit(
+            f"The thresholds select {counts.tolist()} experts where {count} were wanted: nothing is timed."
+        )
+    union, local_ids = expert_ids[:, :count].unique(return_inverse=True)
+    expected = reference.sparse_ffn(
+        x.double(), layer.w_in[union].double(), layer.w_out[union].double(), local_ids, counts, activation
+    )
+    return Inputs(layer, x, threshold, expert_ids, counts, union, local_ids, expected)
+
+
+def check(candidate: Candidate, inputs: list[Inputs], tolerance: float) -> None:
+    """Notes the candidate's largest relative error, or the reason why it cannot be timed."""
+    candidate.error, errors = None, []
+    if not candidate.required:
+        tolerance *= BASELINE_TOLERANCE
+    try:
+        for call, given in zip(candidate.calls, inputs, strict=True):
+            y = call()
+            if isinstance(y, tuple):
+                y, counts = y
+                if not torch.equal(counts, given.counts):
+                    raise RuntimeError(f"expected counts {given.counts.tolist()}, got {counts.tolist()}")
+            errors.append(((y.double() - given.expected).norm() / given.expected.norm()).item())
+        candidate.error = math.nan if any(map(math.isnan, errors)) else max(errors)
+        if not candidate.error <= tolerance:
+            raise RuntimeError(f"expected a relative error of at most {tolerance:.0e}, got {candidate.error:.1e}")
+    except (RuntimeError, ValueError) as error:
+        candidate.skipped = str(error).splitlines()[0]
+    if candidate.skipped and candidate.required:
+        raise SystemExit(f"{candidate.name}: {candidate.skipped}; nothing is timed.")
+
+
+def activate(pre: Tensor, gated: bool, activation: str) -> Tensor:
+    """The activations [..., n] of pre-activations [..., n·G], gate and up side by side."""
+    act = reference.ACTIVATIONS[activation]
+    if not gated:
+        return act(pre)
+    gate, up = pre.unflatten(-1, (-1, 2)).unbind(-1)
+    return act(gate) * up
+
+
+def linear_ffn(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str) -> Tensor:
+    act = reference.ACTIVATIONS[activation]
+    h = act(F.linear(x, up)) if gate is None else act(F.linear(x, gate)) * F.linear(x, up)
+    return F.linear(h, down)
+
+
+def onednn_ffn(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """The weights are as `_reorder_linear_weight` gives them."""
+    linear, act = torch.ops.mkldnn._linear_pointwise.default, ONEDNN_ACTIVATIONS[activation]
+    if gate is None:
+        h = linear(x, up, None, act, [], "")
+    else:
+        h = linear(x, gate, None, act, [], "") * linear(x, up, None, "none", [], "")
+    return linear(h, down, None, "none", [], "")
+
+
+def index_select_ffn(given: Inputs, mask: Tensor, activation: str, transpose: bool) -> Tensor:
+    """Copies the experts that any token chose; `mask` [T, experts, 1] says which of them a token chose."""
+    w_in = given.layer.w_in.index_select(0, given.union)
+    w_out = given.layer.w_out.index_select(0, given.union)
+    h = activate(F.linear(given.x, w_in.flatten(0, 2)), w_in.shape[2] == 2, activation)
+    if len(h) > 1:
+        h = (h.unflatten(1, (*mask.shape[1:2], -1)) * mask).flatten(1)
+    down = w_out.flatten(0, 1).t()
+    return F.linear(h, down.contiguous() if transpose else down)
+
+
+def grouped_mm_ffn(given: Inputs, token_of: Tensor, ends: Tensor, activation: str) -> Tensor:
+    """`token_of` lists the tokens of expert 0, then those of expert 1, …; `ends` [E] is where each list ends."""
+    w_in, w_out = given.layer.w_in.flatten(1, 2), given.layer.w_out
+    pre = F.grouped_mm(given.x[token_of], w_in.transpose(1, 2), offs=ends)
+    h = activate(pre, given.layer.w_in.shape[2] == 2, activation)
+    width = h.shape[1]
+    h = F.pad(h, (0, -width % 8))[:, :width]  # grouped_mm wants rows that are a multiple of 16 bytes apart
+    y = F.grouped_mm(h, w_out, offs=ends)
+    total = torch.zeros(given.x.shape, dtype=torch.float32, device=y.device)
+    return total.index_add_(0, token_of, y.float()).to(y.dtype)
+
+
+def dense_candidates(inputs: list[Inputs], activation: str) -> list[Candidate]:
+    """The dense FFNs; `inputs` select every expert."""
+    nbytes = inputs[0].layer.nbytes
+    linear = Candidate("F.linear", [], nbytes, dense=True)
+    onednn = Candidate("oneDNN prepacked", [], nbytes, dense=True)
+    for given in inputs:
+        *gate, up = given.layer.w_in.flatten(0, 1).unbind(1)
+        down = given.layer.w_out.flatten(0, 1).t()
+        weights = [None if w is None else w.contiguous() for w in (gate[0] if gate else None, up, down)]
+        linear.calls.append(partial(linear_ffn, given.x, *weights, activation))
+        if onednn.skipped:
+            continue
+        try:
+            reorder = torch.ops.mkldnn._reorder_linear_weight.default
+            packed = [None if w is None else reorder(w, len(given.x)) for w in weights]
+        except (AttributeError, RuntimeError) as error:  # no oneDNN in this torch; a dtype that this processor lacks
+            onednn.skipped = str(error).splitlines()[0]
+        else:
+            onednn.calls.append(partial(onednn_ffn, given.x, *packed, activation))
+    return [linear, onednn]
+
+
+def sparse_candidates(inputs: list[Inputs], activation: str) -> list[Candidate]:
+    """The operators, which have to pass their check, and what one would write without them."""
+    nbytes = statistics.mean(given.nbytes for given in inputs)
+    routed = Candidate("routed_ffn", [], nbytes + inputs[0].layer.router.nbytes, required=True)
+    sparse = Candidate("sparse_ffn", [], nbytes, required=True)
+    grouped = Candidate("F.grouped_mm", [], nbytes)
+    selected = Candidate("index_select", [], nbytes)
+    transposed = Candidate("index_select (T)", [], nbytes)
+    if not hasattr(F, "grouped_mm"):
+        grouped.skipped = "this torch has no F.grouped_mm"
+    for given in inputs:
+        x, layer = given.x, given.layer
+        weights = (layer.w_in, layer.w_out)
+        op = torch.ops.prunepath.routed_ffn.default
+        routed.calls.append(partial(op, x, layer.router, None, given.threshold, *weights, activation))
+        op = torch.ops.prunepath.sparse_ffn.default
+        sparse.calls.append(partial(op, x, *weights, given.expert_ids, given.counts, activation))
+
+        chosen = torch.zeros(len(x), len(given.union), dtype=torch.bool, device=x.device)
+        chosen.scatter_(1, given.local_ids, True)
+        mask = chosen.to(x.dtype)[:, :, None]
+        selected.calls.append(partial(index_select_ffn, given, mask, activation, False))
+        transposed.calls.append(partial(index_select_ffn, given, mask, activation, True))
+        experts, token_of = chosen.t().nonzero(as_tuple=True)
+        sizes = given.union[experts].bincount(minlength=len(layer.w_in))
+        grouped.calls.append(partial(grouped_mm_ffn, given, token_of, sizes.cumsum(0).int(), activation))
+    return [routed, sparse, grouped, selected, transposed]
+
+
+def make_probe(nbytes: int, device: torch.device) -> list[Candidate]:
+    """Calls that read `nbytes` once and do next to nothing else; the faster one is the read bandwidth."""
+    columns = 4096
+    buffer = torch.rand(nbytes // (4 * columns), columns, device=device)
+    vector = torch.rand(columns, device=device)
+    return [
+        Candidate("sum", [buffer.sum], buffer.nbytes),
+        Candidate("matrix-vector product", [partial(torch.mv, buffer, vector)], buffer.nbytes),
+    ]
+
+
+def medians(candidates: list[Candidate], repeats: int) -> list[float]:
+    """Median seconds a call; the candidates take turns, so that a busy machine slows all of them alike."""
+    rounds = []
+    for candidate in candidates:
+        first = seconds(candidate.calls[0])
+        calls = candidate.calls
+        rounds.append(calls if candidate.required else calls[: max(1, int(BASELINE_ROUND_SECONDS / first))])
+    times = [[] for _ in candidates]
+    for _ in range(repeats):
+        for calls, samples in zip(rounds, times, strict=True):
+            samples.append(seconds(lambda calls=calls: [call() for call in calls]) / len(calls))
+    return [statistics.median(samples) for samples in times]
+
+
+def measure(candidates: list[Candidate], probe: list[Candidate], repeats: int, facts: dict) -> list[dict]:
+    """A row for each candidate: `facts`, then what was measured, None where it was not."""
+    timed = [candidate for candidate in candidates if not candidate.skipped]
+    times = medians(timed + probe, repeats)
+    taken = {candidate.name: time for candidate, time in zip(timed, times, strict=False)}
+    bandwidth = max(c.nbytes / time for c, time in zip(probe, times[len(timed) :], strict=True))
+    best_dense = min((taken[c.name] for c in timed if c.dense), default=None)
+    rows = []
+    for candidate in candidates:
+        time = taken.get(candidate.name)
+        rate = None if time is None else candidate.nbytes / time
+        rows.append(
+            {
+                **facts,
+                "probe_gb_per_s": bandwidth / 1e9,
+                "candidate": candidate.name,
+                "dense": candidate.dense,
+                "mb": candidate.nbytes / 1e6,
+                "us": time and 1e6 * time,
+                "gb_per_s": rate and rate / 1e9,
+                "share_of_probe": rate and rate / bandwidth,
+                "speedup_over_best_dense": time and best_dense and best_dense / time,
+                "relative_error": candidate.error,
+                "skipped": candidate.skipped,
+            }
+        )
+    return rows
+
+
+def print_rows(rows: list[dict]) -> None:
+    fact = rows[0]
+    print(
+        f"\n$ {fact['command']}\n"
+        f"{fact['shape']}, {fact['dtype']}, batch {fact['batch']}, threads {fact['threads']}: "
+        f"{fact['count']} of {fact['experts']} experts a token, {fact['union_percent']:.1f} % of the weights a call, "
+        f"{fact['layers']} layers, {fact['caches_a_round']:.1f} caches a round, "
+        f"probe {fact['probe_gb_per_s']:.1f} GB/s\n"
+        "  candidate               µs     GB/s  of probe  vs dense    error"
+    )
+    for row in rows:
+        if row["skipped"]:
+            print(f"  {row['candidate']:<16} skipped: {row['skipped']}")
+            continue
+        ratio = row["speedup_over_best_dense"]
+        print(
+            f"  {row['candidate']:<16} {row['us']:9.1f} {row['gb_per_s']:8.1f} {row['share_of_probe']:8.0%} "
+            f"{'-' if ratio is None else f'{ratio:.2f}x':>10} {row['relative_error']:9.1e}",
+            flush=True,
+        )
+
+
+def count_layers(layer_bytes: int, read_bytes: float, memory_bytes: float) -> int:
+    """Layers that make a round read enough, or as many as the memory holds."""
+    enough = math.ceil(CACHES_A_ROUND * last_level_cache_bytes() / read_bytes)
+    return max(1, min(enough, int(memory_bytes // layer_bytes)))
+
+
+def count_experts(active: int, num_experts: int) -> int:
+    return max(1, round(active / 100 * num_experts))
+
+
+def plan(name: str, dtype: torch.dtype, args: argparse.Namespace) -> tuple[int, int, int]:
+    """Bytes of a layer, the number of layers, and how many of them are held as dense ones too."""
+    shape = SHAPES[name]
+    if shape.intermediate_size % args.experts:
+        raise SystemExit(f"{name}: expected --experts to divide {shape.intermediate_size}, got {args.experts}.")
+    layer_bytes = shape.intermediate_size * (2 + shape.gated) * shape.hidden_size * dtype.itemsize
+    # The probe's buffer and the float64 reference of a layer come off first.
+    reserved = CACHES_A_ROUND * last_level_cache_bytes() + layer_bytes * 8 // dtype.itemsize
+    memory = 1e9 * args.memory - reserved
+    if memory < 3 * layer_bytes:
+        needed = (reserved + 3 * layer_bytes) / 1e9
+        raise SystemExit(f"{name} in {dtype}: expected --memory of at least {needed:.1f} (GB), got {args.memory:g}.")
+    # Dense layers are held twice, as they are and packed for oneDNN.
+    num_dense = count_layers(2 * layer_bytes, layer_bytes, memory / 3)
+    smallest = layer_bytes * min(count_experts(active, args.experts) for active in args.active) / args.experts
+    num_layers = count_layers(layer_bytes, smallest, memory - 2 * num_dense * layer_bytes)
+    return layer_bytes, max(num_layers, num_dense), num_dense
+
+
+def bench_shape(name: str, dtype_name: str, args: argparse.Namespace) -> list[dict]:
+    shape, dtype, device = SHAPES[name], getattr(torch, dtype_name), torch.device(args.device)
+    tolerance = TOLERANCES[dtype_name]
+    counts = {active: count_experts(active, args.experts) for active in args.active}
+    layer_bytes, num_layers, num_dense = plan(name, dtype, args)
+    layers = [Layer.random(shape, args.experts, dtype, device, args.seed + index) for index in range(num_layers)]
+    probe = make_probe(CACHES_A_ROUND * last_level_cache_bytes(), device)
+
+    rows = []
+    for batch in args.batch:
+
+        def inputs_of(number: int, count: int, batch: int = batch) -> list[Inputs]:
+            return [
+                make_inputs(layer, count, batch, args.correlation, shape.activation, args.seed + 1000 + index)
+                for index, layer in enumerate(layers[:number])
+            ]
+
+        dense_inputs = inputs_of(num_dense, args.experts)
+        dense = dense_candidates(dense_inputs, shape.activation)
+        sparse = {}
+        for active, count in counts.items():
+            number = count_layers(layer_bytes, layer_bytes * count / args.experts, num_layers * layer_bytes)
+            inputs = inputs_of(number, count)
+            sparse[active] = inputs, sparse_candidates(inputs, shape.activation)
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            # Checked again with every number of threads, which divides the work in another way.
+            for candidate in dense:
+                if not candidate.skipped:
+                    check(candidate, dense_inputs, tolerance)
+            for active, (inputs, candidates) in sparse.items():
+                for candidate in candidates:
+                    if not candidate.skipped:
+                        check(candidate, inputs, tolerance)
+                read = sum(given.nbytes for given in inputs)
+                facts = {
+                    "command": f"python benchmarks/ffn.py --device {args.device} --shapes {name} --active {active} "
+                    f"--batch {batch} --dtype {dtype_name} --threads {threads} --experts {args.experts} "
+                    f"--correlation {args.correlation:g} --memory {args.memory:g} --repeats {args.repeats} "
+                    f"--seed {args.seed}",
+                    "device": args.device,
+                    "shape": name,
+                    "hidden_size": shape.hidden_size,
+                    "intermediate_size": shape.intermediate_size,
+                    "gated": shape.gated,
+                    "activation": shape.activation,
+                    "dtype": dtype_name,
+                    "batch": batch,
+                    "threads": threads,
+                    "experts": args.experts,
+                    "count": counts[active],
+                    "active_percent": 100 * counts[active] / args.experts,
+                    "union_percent": 100 * read / (len(inputs) * layer_bytes),
+                    "layers": len(inputs),
+                    "caches_a_round": read / last_level_cache_bytes(),
+                }
+                rows.extend(measure(candidates + dense, probe, args.repeats, facts))
+                print_rows(rows[-len(candidates + dense) :])
+        del dense  # the packed weights, before the next batch's are made
+    return rows
+
+
+def write_csv(path: str, rows: list[dict]) -> None:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(path: str, rows: list[dict]) -> None:
+    """Time over active fraction, a panel for each shape, dtype, batch and number of threads."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PrunePathError("Plots need matplotlib, which is not installed (pip install matplotlib).") from error
+
+    panels: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if not row["skipped"]:
+            panels.setdefault((row["shape"], row["dtype"], row["batch"], row["threads"]), []).append(row)
+    columns = min(4, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4 * columns, 3.2 * lines + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    names = list(dict.fromkeys(row["candidate"] for row in rows))
+    drawn = {}
+    for axis, ((shape, dtype, batch, threads), panel) in zip(axes, panels.items(), strict=False):
+        for index, name in enumerate(names):
+            points = sorted((row["active_percent"], row["us"]) for row in panel if row["candidate"] == name)
+            if points:
+                style = "s--" if any(row["dense"] for row in panel if row["candidate"] == name) else "o-"
+                drawn[name] = axis.plot(*zip(*points, strict=True), style, color=f"C{index}", markersize=4)[0]
+        floor = sorted(
+            (row["active_percent"], row["us"] * row["share_of_probe"])
+            for row in panel
+            if row["candidate"] == "sparse_ffn"
+        )
+        drawn["bytes / probe"] = axis.plot(*zip(*floor, strict=True), ".:", color="black")[0]
+        axis.set_title(f"{shape}, {dtype}, batch {batch}, threads {threads}", fontsize=9)
+        axis.set_xlabel("active experts of a token (%)")
+        axis.set_xlim(0, 103)
+        axis.set_ylabel("µs a call")
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    for axis in list(axes)[len(panels) :]:
+        axis.set_visible(False)
+    figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=min(len(drawn), 2 * columns))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=144)
+
+
+def choices(allowed: dict) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        for part in text.split(","):
+            if part not in allowed:
+                raise argparse.ArgumentTypeError(f"expected some of {', '.join(allowed)}, got {part}")
+        return text.split(",")
+
+    return parse
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument(
+        "--shapes", type=choices(SHAPES), default=list(SHAPES), help=f"comma-separated: {', '.join(SHAPES)}"
+    )
+    parser.add_argument(
+        "--active", type=whole_numbers, default=[10, 25, 50, 100], help="percent of the experts, comma-separated"
+    )
+    parser.add_argument("--batch", type=whole_numbers, default=[1], help="tokens in a call, comma-separated")
+    parser.add_argument(
+        "--dtype", type=choices(TOLERANCES), default=["bfloat16"], help=f"comma-separated: {', '.join(TOLERANCES)}"
+    )
+    parser.add_argument("--threads", type=whole_numbers, default=[torch.get_num_threads()], help="comma-separated")
+    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument(
+        "--correlation",
+        type=float,
+        default=0.0,
+        help="of the inputs of a batch, 0 to 1: at 0 its tokens choose experts independently, at 1 the same ones",
+    )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        default=round(available_memory_bytes() / 2e9, 1),
+        help="GB that may be used; half of what is available unless given",
+    )
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", help="write the rows here")
+    parser.add_argument("--csv", help="write the rows here")
+    parser.add_argument("--plot", help="draw the rows here; the suffix picks the format")
+    args = parser.parse_args()
+    if not all(1 <= active <= 100 for active in args.active):
+        parser.error(f"argument --active: expected percentages from 1 to 100, got {args.active}")
+    if not 0 <= args.correlation <= 1:
+        parser.error(f"argument --correlation: expected a number from 0 to 1, got {args.correlation}")
+    if min(*args.batch, *args.threads, args.experts, args.repeats) < 1:
+        parser.error("expected batches, threads, experts and repeats of at least 1")
+    for path in (args.json, args.csv, args.plot):
+        if path and not Path(path).absolute().parent.is_dir():
+            parser.error(f"the folder of {path} does not exist")
+    native.require()
+
+    runs = [(name, dtype_name) for name in args.shapes for dtype_name in args.dtype]
+    for name, dtype_name in runs:
+        plan(name, getattr(torch, dtype_name), args)  # so that what cannot run is said before any work
+
+    print(machine())
+    rows = []
+    for name, dtype_name in runs:
+        rows.extend(bench_shape(name, dtype_name, args))
+    if args.json:
+        write_json(args.json, {"machine": machine(), "rows": rows})
+    if args.csv:
+        write_csv(args.csv, rows)
+    if args.plot:
+        plot(args.plot, rows)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
