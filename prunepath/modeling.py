@@ -26,13 +26,8 @@ from prunepath.convert.partition import check_num_experts
 from prunepath.convert.tokens import sample_windows
 from prunepath.errors import CheckpointError, PrunePathError
 from prunepath.nn import SparseFFN
-from prunepath.nn.thresholds import (
-    CountRecord,
-    check_fraction,
-    counting,
-    interpolate_thresholds,
-    observing_inputs,
-)
+from prunepath.nn.observers import CountRecord, counting, observing_inputs
+from prunepath.nn.thresholds import check_fraction, interpolate_thresholds
 from prunepath.train.calibration import calibrate, num_passes
 from prunepath.train.router import RouterTraining
 
@@ -248,7 +243,7 @@ def convert(
     router_tokens, grouped_tokens = config.router_tokens, config.partition_tokens
     wanted = config.calibration_tokens + max(router_tokens, grouped_tokens)
     windows = sample_windows(texts, tokenizer, config.sequence_length, wanted, config.seed).to(device)
-    held_out = max(1, round(len(windows) * config.calibration_tokens / wanted))
+    held_out = min(max(1, round(len(windows) * config.calibration_tokens / wanted)), len(windows) - 1)
     calibration, training = windows[:held_out], windows[held_out:]
     length = windows.shape[1]
 
@@ -258,7 +253,7 @@ def convert(
     model.eval()
     ffns = install(model, description)
     backbone = model.base_model
-    with torch.no_grad(), _bars(progress) as bar:
+    with torch.no_grad(), _without_cache(model), _bars(progress) as bar:
         grouping = ExpertGrouping(config, bar("Grouping neurons", len(ffns)))
         with observing_inputs({ffn: grouping.observe for ffn in ffns.values()}):
             backbone(input_ids=training[: max(1, grouped_tokens // length)])
@@ -268,7 +263,7 @@ def convert(
                 ffn.center = None
 
         trainings = {ffn: RouterTraining(ffn, stats.mean, stats.std, config) for ffn, stats in grouping.inputs.items()}
-        batches = training[: router_tokens // length].split(max(1, _FORWARD_TOKENS // length))
+        batches = training[: max(1, router_tokens // length)].split(max(1, _FORWARD_TOKENS // length))
         advance = bar("Training routers", len(batches))
         with observing_inputs({ffn: t.observe for ffn, t in trainings.items()}):
             for i, batch in enumerate(batches):
@@ -300,9 +295,23 @@ def _language_model_loss(model: nn.Module, windows: torch.Tensor) -> float | Non
         return None
     total = 0.0
     for batch in windows.split(max(1, _FORWARD_TOKENS // windows.shape[1])):
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        logits = model(input_ids=batch).logits[:, :-1].float()
         total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     return total / (windows.shape[0] * (windows.shape[1] - 1))
+
+
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Keeps forward passes from gathering keys and values that nothing will read."""
+    before = getattr(model.config, "use_cache", None)
+    model.config.use_cache = False
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.config.use_cache
+        else:
+            model.config.use_cache = before
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 
 from prunepath.nn import SparseFFN
-from prunepath.nn.thresholds import SMALLEST_THRESHOLD, counting, observing_inputs
+from prunepath.nn.observers import counting, observing_inputs
+from prunepath.nn.thresholds import SMALLEST_THRESHOLD
 from prunepath.ops.reference import mass_before
 
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -213,3 +213,13 @@ def test_lora_on_a_projection_is_not_ignored(llama, token_texts, small_config, i
     ffn = prunepath.sparse_ffns(sparse)["model.layers.1.mlp"]
     ffn.up_proj = Shifted(ffn.up_proj)
     assert relative_error(sparse(ids).logits, before) > 1e-3
+
+
+def test_few_tokens_are_enough_and_the_configuration_is_left_as_it_was(llama):
+    before = llama.config.to_dict()
+    config = prunepath.PrunePathConfig(num_experts=8, sequence_length=64, router_tokens=1, calibration_tokens=100_000)
+    prunepath.convert(llama, None, [torch.randint(2, 97, (64,))], config)
+    after = llama.config.to_dict()
+    assert after.pop("quantization_config")["thresholds"] == [1.0, 1.0]
+    before.pop("quantization_config", None)
+    assert after == before
