@@ -143,8 +143,6 @@ def convert(
         dense, tokenizer = _load(prunepath, model, dtype, device)
         if prunepath.is_sparse(dense):
             raise PrunePathError(f"Expected a dense model to convert, but {model} is a PrunePath checkpoint already.")
-        if tokenizer is None:
-            raise PrunePathError(f"Expected a tokenizer beside the model, but {model} has none.")
         sparse = prunepath.convert(dense, tokenizer, texts, config, progress=True)
         prunepath.save(sparse, tokenizer, out)
         summary = _describe(out)
@@ -191,8 +189,6 @@ def evaluate(
         from prunepath.eval.tradeoff import tradeoff
 
         loaded, tokenizer = _load(prunepath, model, dtype, device)
-        if tokenizer is None:
-            raise PrunePathError(f"Expected a tokenizer beside the model, but {model} has none.")
         limit = getattr(loaded.config, "max_position_embeddings", None) or 512
         if sequence_length is not None and sequence_length > limit:
             raise PrunePathError(f"sequence_length must be at most the model's {limit}, got {sequence_length}.")
@@ -250,8 +246,6 @@ def generate(
         import torch
 
         loaded, tokenizer = _load(prunepath, model, dtype, device)
-        if tokenizer is None:
-            raise PrunePathError(f"Expected a tokenizer beside the model, but {model} has none.")
         sparse = prunepath.is_sparse(loaded)
         if not sparse and (budget is not None or threshold is not None):
             raise PrunePathError(f"{model} is a dense model, which has no budgets or thresholds: convert it first.")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from prunepath import ops
-from prunepath.errors import PrunePathError
 from prunepath.nn.router import Router
+from prunepath.nn.thresholds import check_fraction
 from prunepath.ops.reference import ACTIVATIONS
 
 DECODE_TOKENS = 64
@@ -135,9 +134,7 @@ class SparseFFN(nn.Module):
 
     @threshold.setter
     def threshold(self, value: float) -> None:
-        value = float(value)
-        if not (math.isfinite(value) and 0.0 < value <= 1.0):
-            raise PrunePathError(f"threshold must be a number in (0, 1], got {value!r}.")
+        value = check_fraction("threshold", value)
         self._threshold_value = value
         device = self.router.weight.device
         if self._threshold.device == device and self._threshold.dtype == torch.float32:
