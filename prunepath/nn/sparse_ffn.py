@@ -71,6 +71,9 @@ class SparseFFN(nn.Module):
     Inference on few tokens is one `routed_ffn` call. With gradients enabled, for more than `DECODE_TOKENS` tokens, or
     when a projection is no plain `nn.Linear` (a LoRA layer, say), the FFN is computed densely and masked, in autograd.
 
+    Three hooks, None unless set: `observe_input(ffn, x)`, `observe_counts(ffn, counts)`, and `select(ffn, x, hidden)`,
+    which replaces the router's choice by a mask [T, E], and keeps the FFN to the masked dense computation.
+
     Args:
         dense: the module that owns the projections.
         layout: their names, and the activation.
@@ -106,6 +109,7 @@ class SparseFFN(nn.Module):
         self.backend = backend
         self.observe_input: Callable[[SparseFFN, torch.Tensor], None] | None = None
         self.observe_counts: Callable[[SparseFFN, torch.Tensor], None] | None = None
+        self.select: Callable[[SparseFFN, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         if adopt:
             for name in layout.projections:
                 self.add_module(name, getattr(dense, name))
@@ -165,12 +169,28 @@ class SparseFFN(nn.Module):
             return mask.scatter_(1, columns, True)[:, : self.num_experts]
 
     def skip(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """`hidden` [T, D] with the neurons of inactive experts at their mean, or at zero without centring."""
+        """`hidden` [T, D] with the neurons of inactive experts at their mean, or at zero without centring.
+
+        Args:
+            mask: [T, E], bool; or of hidden's dtype, gates that scale what an expert adds.
+        """
         experts = hidden.unflatten(-1, (self.num_experts, self.expert_width))
+        gates = mask.unsqueeze(-1)
         if self.center is None:
-            return (experts * mask.unsqueeze(-1)).flatten(-2)
+            return (experts * gates).flatten(-2)
         means = self.center.view(self.num_experts, self.expert_width).to(hidden.dtype)
-        return torch.where(mask.unsqueeze(-1), experts, means).flatten(-2)
+        if mask.dtype == torch.bool:
+            return torch.where(gates, experts, means).flatten(-2)
+        return (means + gates * (experts - means)).flatten(-2)
+
+    def mask(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """What `skip` applies to the activations `hidden` [T, D] of x [T, H]: `select`'s choice, or the router's."""
+        if self.select is None:
+            return self.active_mask(x)
+        mask = self.select(self, x, hidden)
+        if self.observe_counts is not None:
+            self.observe_counts(self, (mask > 0).sum(-1, dtype=torch.int32))
+        return mask
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """FFN output of `hidden_states` [..., H], same shape and dtype."""
@@ -180,12 +200,15 @@ class SparseFFN(nn.Module):
         if self.reads_active_experts(x):
             y = self.run_active_experts(x)
         else:
-            y = self.projection(self.layout.down)(self.skip(self.hidden(x), self.active_mask(x)))
+            hidden = self.hidden(x)
+            y = self.projection(self.layout.down)(self.skip(hidden, self.mask(x, hidden)))
         return y.view(hidden_states.shape)
 
     def reads_active_experts(self, x: torch.Tensor) -> bool:
         """Whether x [T, H] is served by the kernels, which read the active experts alone."""
-        return len(x) <= DECODE_TOKENS and not torch.is_grad_enabled() and self._pack_if_stale()
+        if self.select is not None or len(x) > DECODE_TOKENS or torch.is_grad_enabled():
+            return False
+        return self._pack_if_stale()
 
     def run_active_experts(self, x: torch.Tensor) -> torch.Tensor:
         packed = self._packed

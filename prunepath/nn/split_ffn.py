@@ -23,7 +23,7 @@ class SplitFFN(SparseFFN):
 
     def __init__(self, owner: nn.Module, layout: FFNLayout, activation: str, num_experts: int, **options) -> None:
         super().__init__(owner, layout, num_experts, adopt=False, **options)
-        self._mask: torch.Tensor | None = None
+        self._input: torch.Tensor | None = None
         self._done = False
         self._alone = False
         for name, kind in ((layout.up, _Up), (layout.down, _Down)):
@@ -40,14 +40,14 @@ class SplitFFN(SparseFFN):
             self._alone = False
 
     def enter(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """The FFN's output if the kernels serve it; else None, with the mask set for the activation."""
+        """The FFN's output if the kernels serve it; else None, with the input kept for the activation."""
         x = hidden_states.reshape(-1, self.hidden_size)
         if self.observe_input is not None:
             self.observe_input(self, x)
         self._done = self.reads_active_experts(x)
         if self._done:
             return self.run_active_experts(x).view(hidden_states.shape)
-        self._mask = self.active_mask(x)
+        self._input = x
         return None
 
 
@@ -68,8 +68,9 @@ class _Activation(nn.Module):
         (ffn,) = self._ffn
         if ffn._done:
             return up
-        mask, ffn._mask = ffn._mask, None
-        return ffn.skip(self.dense(up).reshape(len(mask), -1), mask).view(up.shape)
+        x, ffn._input = ffn._input, None
+        hidden = self.dense(up).reshape(len(x), -1)
+        return ffn.skip(hidden, ffn.mask(x, hidden)).view(up.shape)
 
 
 class _Down(PlainLinear):
