@@ -1,0 +1,1 @@
+"""Methods that the quality benchmark compares PrunePath with, and PrunePath itself."""
