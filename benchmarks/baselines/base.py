@@ -31,9 +31,9 @@ class Settings:
 class Method(abc.ABC):
     """A way to make a dense model's FFNs sparse.
 
-    A method owns a private copy of the dense model, which `install` changes in place. The harness then calls, in this
-    order: `install`, and for results with fine-tuning, every training step, `before_step`, a forward and backward pass of
-    `model` with `auxiliary_loss` added to the loss; then `calibrate`, and for each budget `set_budget` before evaluating.
+    A method owns a private copy of the dense model, which `install` changes in place. The harness then calls `install`;
+    for results with fine-tuning, at every training step `before_step` and a forward and backward pass of `model` with
+    `auxiliary_loss` added to the loss; then `calibrate`, and for each budget `set_budget` before evaluating.
 
     Args:
         model: the dense model, in evaluation mode, on its device.
@@ -55,7 +55,7 @@ class Method(abc.ABC):
     def install(self, batches: Sequence[Batch]) -> None:
         """Makes the model sparse, from batches of training data."""
 
-    def before_step(self, progress: float) -> None:
+    def before_step(self, progress: float) -> None:  # noqa: B027: most methods have nothing to prepare
         """Prepares a training step; `progress` is the share of all steps done, in [0, 1)."""
 
     def auxiliary_loss(self) -> torch.Tensor | float:
