@@ -56,7 +56,7 @@ class Method(abc.ABC):
         """Makes the model sparse, from batches of training data."""
 
     def before_step(self, progress: float) -> None:  # noqa: B027
-        """Prepares a training step, where there is something to prepare; `progress` is the share of all steps done, in [0, 1)."""
+        """Prepares a training step, if need be; `progress` is the share of all steps done, in [0, 1)."""
 
     def auxiliary_loss(self) -> torch.Tensor | float:
         """The method's own loss terms of the forward pass just run."""
