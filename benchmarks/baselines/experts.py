@@ -1,0 +1,276 @@
+"""What methods that pick experts for each token share: the same experts, any-budget training, calibration, counting."""
+
+from __future__ import annotations
+
+import abc
+import random
+from collections.abc import Sequence
+
+import torch
+
+from baselines.activations import ffn_inputs, observe_padding, valid_tokens
+from baselines.base import Batch, Method
+from prunepath.convert.adapters import find_ffns
+from prunepath.convert.experts import reorder_neurons
+from prunepath.convert.partition import partition_neurons
+from prunepath.errors import PrunePathError
+from prunepath.nn import SparseFFN
+
+_PARTITION_TOKENS = 4096
+_TOLERANCE = 0.001
+_PASSES = 10
+
+
+class ExpertMethod(Method):
+    """Groups neurons into experts and chooses, per token, which of them run.
+
+    Fine-tuning is PrunePath's any-budget training: each step runs at a budget of its own. A method for one budget
+    (`one_checkpoint` false) runs every step at that one.
+
+    Attributes:
+        partition: how neurons are grouped, as in `PrunePathConfig`.
+        center: whether a skipped neuron contributes its mean activation.
+    """
+
+    one_checkpoint = True
+    partition = "coactivation"
+    center = False
+
+    @torch.no_grad()
+    def install(self, batches: Sequence[Batch]) -> None:
+        experts = self.settings.num_experts
+        self.ffns: list[SparseFFN] = [site.install(experts, center=self.center) for site in find_ffns(self.model)]
+        observe_padding(self.model)
+        inputs = ffn_inputs(self.model, self.ffns, batches)
+        for ffn, x in zip(self.ffns, inputs, strict=True):
+            hidden = ffn.hidden(x[:_PARTITION_TOKENS]).float()
+            order = partition_neurons(
+                self.partition,
+                experts,
+                intermediate_size=ffn.intermediate_size,
+                profiles=hidden,
+                weights=ffn.projection(ffn.layout.inputs[0]).weight.float(),
+                seed=self.settings.seed,
+            ).to(x.device)
+            reorder_neurons(ffn, order)
+            if ffn.center is not None:
+                ffn.center.copy_(hidden.mean(0)[order])
+            ffn.router.requires_grad_(False)
+            ffn.select = self._select
+        self._draws = random.Random(self.settings.seed)
+        self._auxiliary: list[torch.Tensor] = []
+        self.training = False
+        self.step_budget = 1.0
+        self.install_routers(inputs)
+        self._start_counting()
+
+    def install_routers(self, inputs: list[torch.Tensor]) -> None:
+        """Makes and fits the method's routers, from inputs x [N, H] of each FFN."""
+
+    @abc.abstractmethod
+    def choose(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The experts of x [T, H] with activations `hidden` [T, D]: bool [T, E], or gates of hidden's dtype.
+
+        In training (`self.training`) at `self.step_budget`, otherwise as `set_budget` asked.
+        """
+
+    def auxiliary_term(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor | None:
+        """One FFN's part of `auxiliary_loss`, which is their mean."""
+        return None
+
+    def _select(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        mask = self.choose(ffn, x, hidden)
+        if self.training:
+            term = self.auxiliary_term(ffn, x, hidden)
+            if term is not None:
+                self._auxiliary.append(term)
+        else:
+            valid = valid_tokens(ffn, len(x))
+            active = mask if valid is None else mask & valid.unsqueeze(1)
+            index = self.ffns.index(ffn)
+            self._active[index] += active.sum()
+            self._tokens[index] += len(x) if valid is None else valid.sum()
+        return mask
+
+    def before_step(self, progress: float) -> None:
+        self.training = True
+        self._auxiliary.clear()
+        self.step_budget = self.draw_budget(progress) if self.budget is None else self.budget
+
+    def draw_budget(self, progress: float) -> float:
+        """The budget of a training step."""
+        return draw_budget(self._draws)
+
+    def auxiliary_loss(self) -> torch.Tensor | float:
+        if not self._auxiliary:
+            return 0.0
+        loss = torch.stack(self._auxiliary).mean()
+        self._auxiliary.clear()
+        return loss
+
+    def set_budget(self, budget: float) -> None:
+        self.training = False
+        self._start_counting()
+
+    def _start_counting(self) -> None:
+        device = self.ffns[0].router.weight.device
+        self._active = torch.zeros(len(self.ffns), dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(len(self.ffns), dtype=torch.int64, device=device)
+
+    def per_layer(self) -> list[float]:
+        return (self._active / (self._tokens * self.settings.num_experts)).tolist()
+
+    def active_fraction(self) -> float:
+        """FFNs weigh by their width, as in `prunepath.record_counts`."""
+        widths = [ffn.intermediate_size for ffn in self.ffns]
+        return sum(w * f for w, f in zip(widths, self.per_layer(), strict=True)) / sum(widths)
+
+
+class TopK(ExpertMethod):
+    """Runs each token's k experts of the highest score, k the same in all layers.
+
+    A budget b asks for κ = b·E experts, seldom a whole number: a token gets ⌊κ⌋ or ⌊κ⌋ + 1, drawn from a hash of its
+    own hidden state, so that the mean is κ and neither the batch nor the position matters.
+    """
+
+    @abc.abstractmethod
+    def scores(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """A score of each expert, [T, E]; needs no gradient."""
+
+    def choose(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return largest(self.scores(ffn, x, hidden), x, self.step_budget)
+
+    def calibrate(self, batches: Sequence[Batch]) -> None:
+        """k follows from the budget."""
+
+    def set_budget(self, budget: float) -> None:
+        super().set_budget(budget)
+        self.step_budget = budget
+
+
+def largest(scores: torch.Tensor, x: torch.Tensor, budget: float) -> torch.Tensor:
+    """Each token's max(1, budget·E) experts of the highest score, on average over tokens: bool [T, E]."""
+    experts = scores.shape[-1]
+    wanted = max(1.0, budget * experts)
+    # Any irrational multiple of a value that varies by much more than 1 after scaling is uniform modulo 1.
+    draw = torch.remainder(x[:, :8].float().sum(-1, keepdim=True) * 1618.0339887, 1.0)
+    counts = torch.floor(wanted + draw).clamp_(max=experts).long()
+    order = scores.argsort(-1, descending=True)
+    ranks = torch.arange(experts, device=x.device)
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, ranks < counts)
+
+
+class ThresholdMethod(ExpertMethod):
+    """Runs the experts whose priority is below a threshold, the knob.
+
+    `calibrate` fits one threshold for all layers (`shared`) and one for each layer that gives all of them the same
+    active fraction (`per_layer`), on-policy, and keeps for each budget the one with the lower held-out loss, as
+    PrunePath does for itself, so that no method is held back by its thresholds. In training the threshold of a layer is
+    the budget's quantile over the batch.
+
+    Attributes:
+        shapes: which of the two are tried.
+    """
+
+    shapes = ("shared", "per_layer")
+
+    @abc.abstractmethod
+    def priority(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The lower, the sooner an expert runs: floating [T, E]; needs no gradient."""
+
+    def install_routers(self, inputs: list[torch.Tensor]) -> None:
+        self._thresholds: list[torch.Tensor | float] = [float("inf")] * len(self.ffns)
+        self._table: dict[float, list[torch.Tensor]] = {}
+        self._priorities: list[list[torch.Tensor]] | None = None
+
+    def choose(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            priority = self.priority(ffn, x, hidden).float()
+            index = self.ffns.index(ffn)
+            if self.training:
+                if self.step_budget >= 1.0:
+                    return torch.ones_like(priority, dtype=torch.bool)
+                return priority < batch_threshold(priority, valid_tokens(ffn, len(x)), self.step_budget)
+            if self._priorities is not None:
+                valid = valid_tokens(ffn, len(x))
+                self._priorities[index].append(priority if valid is None else priority[valid])
+            return priority < self._thresholds[index]
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[Batch]) -> None:
+        self.training = False
+        self.chosen_shapes: dict[float, str] = {}
+        for budget in self.settings.budgets:
+            fits = {shape: self._fit_thresholds(batches, budget, shape) for shape in self.shapes}
+            # A shape that misses the budget, where scores tie, is no candidate unless all do.
+            best = min(fits, key=lambda shape: (round(fits[shape][1], 2), fits[shape][2]))
+            self.chosen_shapes[budget] = best
+            self._table[budget] = fits[best][0]
+
+    def _fit_thresholds(
+        self, batches: Sequence[Batch], budget: float, shape: str
+    ) -> tuple[list[torch.Tensor], float, float]:
+        """Thresholds, how far from the budget they are, and their loss."""
+        best = None
+        self._thresholds = [float("inf")] * len(self.ffns)
+        for _ in range(_PASSES):
+            self._start_counting()
+            self._priorities = [[] for _ in self.ffns]
+            loss = torch.stack([self.model(**batch).loss.float() for batch in batches]).mean().item()
+            miss = abs(self.active_fraction() - budget)
+            if best is None or miss < best[1]:
+                best = (self._thresholds, miss, loss)
+            if miss <= _TOLERANCE:
+                break
+            priorities = [torch.cat(values).flatten() for values in self._priorities]
+            if shape == "shared":
+                self._thresholds = [self._shared_threshold(priorities, budget)] * len(self.ffns)
+            else:
+                self._thresholds = [batch_threshold(p, None, budget) for p in priorities]
+        self._priorities = None
+        return best
+
+    def _shared_threshold(self, priorities: list[torch.Tensor], budget: float) -> torch.Tensor:
+        """The threshold below which lies the share `budget` of all priorities, layers weighed by their width."""
+        weights = torch.cat(
+            [
+                torch.full_like(p, ffn.intermediate_size / len(p), dtype=torch.float64)
+                for p, ffn in zip(priorities, self.ffns, strict=True)
+            ]
+        )
+        values, order = torch.cat(priorities).sort()
+        before = weights[order].cumsum(0) - weights[order]
+        rank = torch.searchsorted(before, budget * weights.sum())
+        return torch.cat([values, values.new_full((1,), float("inf"))])[rank]
+
+    def set_budget(self, budget: float) -> None:
+        super().set_budget(budget)
+        if budget >= 1.0:
+            self._thresholds = [float("inf")] * len(self.ffns)
+        elif budget in self._table:
+            self._thresholds = self._table[budget]
+        else:
+            raise PrunePathError(f"Expected one of the calibrated budgets {sorted(self._table)} or 1.0, got {budget}.")
+
+
+def batch_threshold(priority: torch.Tensor, valid: torch.Tensor | None, budget: float) -> torch.Tensor:
+    """The value below which lies the share `budget` of the priorities [T, ...] of valid tokens; a scalar tensor."""
+    if valid is None:
+        count = torch.tensor(priority.numel(), device=priority.device)
+    else:
+        priority = priority.masked_fill(~valid.unsqueeze(1), float("inf"))
+        count = valid.sum() * priority.shape[1]
+    values = torch.cat([priority.flatten().sort().values, priority.new_full((1,), float("inf"))])
+    return values[(count * budget).round().long()]
+
+
+def mass_before(shares: torch.Tensor) -> torch.Tensor:
+    """The sum of each row's larger shares, [T, E]: an expert of a top-mass selection runs if it is below τ."""
+    values, order = shares.sort(-1, descending=True)
+    return torch.empty_like(shares).scatter_(1, order, values.cumsum(-1) - values)
+
+
+def draw_budget(draws: random.Random) -> float:
+    """A training step's budget: one time in eight 1.0, else uniform on a logarithmic scale between 0.05 and 1."""
+    return 1.0 if draws.random() < 0.125 else 0.05 ** draws.random()

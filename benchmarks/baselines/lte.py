@@ -1,0 +1,98 @@
+"""LTE: Learn To be Efficient (arXiv 2402.06126)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from baselines.activations import valid_tokens
+from baselines.base import Settings
+from baselines.experts import ThresholdMethod
+from baselines.oracle import contributions
+from baselines.routers import Standardised, fit_routers
+from prunepath.errors import PrunePathError
+from prunepath.nn import SparseFFN
+
+_SOFT_SHARE = 0.5
+_EFFICIENCY_WEIGHT = 0.1
+_EFFICIENCY_GAIN = 0.5
+_THRESHOLD_GAIN = 1.0
+_SEPARABILITY_WEIGHT = 0.02
+_SEPARABILITY_FLOOR = 0.05
+
+
+class LTE(ThresholdMethod):
+    """Sigmoid routers trained by the task's own loss, in two stages; one checkpoint for each budget.
+
+    First half of fine-tuning: every expert runs, scaled by its gate g = σ(z). An efficiency loss, the mean of g², makes
+    gates small; a separability loss, the mean of 1 / ((g − 0.5)² + ε), drives them away from the threshold 0.5. Second
+    half: routers are frozen, experts above the threshold run unscaled, and the backbone adapts to that.
+
+    Where the paper tries coefficients of the efficiency loss for a wanted sparsity, here the coefficient grows while
+    more gates than the budget are above 0.5, and shrinks while fewer are; what is left of the difference moves the
+    threshold in the second half. Routers start from a classifier of the experts that contribute most, not from noise,
+    so that LTE has a result without fine-tuning too.
+    """
+
+    name = "lte"
+    one_checkpoint = False
+    shapes = ("shared",)
+
+    def __init__(self, model: nn.Module, settings: Settings, budget: float | None = None) -> None:
+        if budget is None:
+            raise PrunePathError("Expected a budget for lte, which makes one checkpoint for each, got None.")
+        super().__init__(model, settings, budget)
+
+    def install_routers(self, inputs: list[torch.Tensor]) -> None:
+        super().install_routers(inputs)
+        for ffn, x in zip(self.ffns, inputs, strict=True):
+            linear = nn.Linear(ffn.hidden_size, ffn.num_experts, device=x.device, dtype=torch.float32)
+            ffn.predictor = nn.Sequential(Standardised(x), linear)
+        fit_routers(self.ffns, [ffn.predictor for ffn in self.ffns], inputs, self._fit_router, self.settings.seed)
+        self.soft = True
+        self._log_weight = torch.zeros((), device=inputs[0].device)
+        self._cut = torch.zeros((), device=inputs[0].device)
+        self._shares: list[torch.Tensor] = []
+
+    def _fit_router(self, ffn: SparseFFN, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            values = contributions(ffn, ffn.hidden(x))
+            best = values.topk(max(1, round(self.budget * ffn.num_experts))).indices
+            target = torch.zeros_like(values).scatter_(1, best, 1.0)
+        return F.binary_cross_entropy_with_logits(ffn.predictor(x), target)
+
+    def priority(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return -ffn.predictor(x)
+
+    def before_step(self, progress: float) -> None:
+        super().before_step(progress)
+        if self._shares:
+            excess = torch.stack(self._shares).mean() - self.budget
+            if self.soft:
+                self._log_weight += _EFFICIENCY_GAIN * excess
+            else:
+                self._cut += _THRESHOLD_GAIN * excess
+        self._shares.clear()
+        self.soft = progress < _SOFT_SHARE
+
+    def choose(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().choose(ffn, x, hidden)
+        with torch.set_grad_enabled(self.soft and torch.is_grad_enabled()):
+            logits = ffn.predictor(x)
+        active = logits.detach() > self._cut
+        valid = valid_tokens(ffn, len(x))
+        if valid is None:
+            self._shares.append(active.float().mean())
+        else:
+            self._shares.append((active & valid.unsqueeze(1)).sum() / (valid.sum() * ffn.num_experts))
+        if not self.soft:
+            return active
+        gates = logits.sigmoid()
+        losses = self._log_weight.exp() * _EFFICIENCY_WEIGHT * gates.square()
+        losses = losses + _SEPARABILITY_WEIGHT / ((gates - 0.5).square() + _SEPARABILITY_FLOOR)
+        if valid is not None:
+            losses = losses * (valid / valid.float().mean()).unsqueeze(1)
+        self._auxiliary.append(losses.mean())
+        return gates.to(hidden.dtype)

@@ -1,0 +1,46 @@
+"""MoEfication (arXiv 2110.01786)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from baselines.experts import TopK
+from baselines.routers import fit_routers, mlp_router
+from prunepath.nn import SparseFFN
+
+
+class MoEfication(TopK):
+    """Experts from balanced k-means on the input weights; an MLP router; the k best experts, k the same in all layers.
+
+    The router (section 3.3: two layers, tanh, as wide as there are experts) learns each expert's sum of activations,
+    divided by the token's largest, by binary cross-entropy. For ReLU that is the paper's sum of positive activations;
+    other functions count by magnitude. The paper fits routers to a finished model. Here they also follow the backbone
+    while it is fine-tuned.
+    """
+
+    name = "moefication"
+    partition = "weights"
+
+    def install_routers(self, inputs: list[torch.Tensor]) -> None:
+        experts = self.settings.num_experts
+        for ffn, x in zip(self.ffns, inputs, strict=True):
+            ffn.predictor = mlp_router(x, experts, experts, nn.Tanh())
+        fit_routers(self.ffns, [ffn.predictor for ffn in self.ffns], inputs, self._fit_router, self.settings.seed)
+
+    def scores(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return ffn.predictor(x)
+
+    def auxiliary_term(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return self._loss(ffn, x.detach(), hidden.detach())
+
+    def _fit_router(self, ffn: SparseFFN, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = ffn.hidden(x)
+        return self._loss(ffn, x, hidden)
+
+    def _loss(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        sums = hidden.abs().float().unflatten(-1, (ffn.num_experts, -1)).sum(-1)
+        target = sums / sums.amax(-1, keepdim=True).clamp(min=1e-12)
+        return F.binary_cross_entropy_with_logits(ffn.predictor(x), target)
