@@ -48,19 +48,19 @@ class _D2DMoE(ThresholdMethod):
         self.enforcing = progress < _ENFORCEMENT_SHARE
         return 1.0 if self.enforcing else super().draw_budget(progress)
 
-    def auxiliary_term(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        loss = self._loss(ffn, x.detach(), hidden.detach())
-        return loss + _HOYER_WEIGHT * square_hoyer(hidden) if self.enforcing else loss
+    def token_losses(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        losses = self._router_losses(ffn, x.detach(), hidden.detach())
+        return losses + _HOYER_WEIGHT * square_hoyer(hidden) if self.enforcing else losses
 
     def _fit_router(self, ffn: SparseFFN, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             hidden = ffn.hidden(x)
-        return self._loss(ffn, x, hidden)
+        return self._router_losses(ffn, x, hidden).mean()
 
-    def _loss(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def _router_losses(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             target = self._norms(ffn, hidden) / ffn.norm_scale
-        return (self.predicted_norms(ffn, x) - target).square().mean()
+        return (self.predicted_norms(ffn, x) - target).square().mean(-1)
 
 
 class D2DMoERelative(_D2DMoE):
@@ -83,6 +83,6 @@ class D2DMoEAbsolute(_D2DMoE):
 
 
 def square_hoyer(hidden: torch.Tensor) -> torch.Tensor:
-    """(Σ|h|)² / (D·Σh²), mean over tokens [T, D]: 1 for equal magnitudes, 1/D for a single active neuron."""
+    """(Σ|h|)² / (D·Σh²) of each token of [T, D]: 1 for equal magnitudes, 1/D for a single active neuron."""
     h = hidden.float()
-    return (h.abs().sum(-1).square() / (h.shape[-1] * h.square().sum(-1).clamp(min=1e-12))).mean()
+    return h.abs().sum(-1).square() / (h.shape[-1] * h.square().sum(-1).clamp(min=1e-12))

@@ -61,7 +61,9 @@ class ExpertMethod(Method):
         self._auxiliary: list[torch.Tensor] = []
         self.training = False
         self.step_budget = 1.0
-        self.install_routers(inputs)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.settings.seed)
+            self.install_routers(inputs)
         self._start_counting()
 
     def install_routers(self, inputs: list[torch.Tensor]) -> None:
@@ -74,18 +76,18 @@ class ExpertMethod(Method):
         In training (`self.training`) at `self.step_budget`, otherwise as `set_budget` asked.
         """
 
-    def auxiliary_term(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor | None:
-        """One FFN's part of `auxiliary_loss`, which is their mean."""
+    def token_losses(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Each token's part of the auxiliary loss, [T], of x [T, H]; padding is left out of their mean."""
         return None
 
     def _select(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        mask = self.choose(ffn, x, hidden)
-        if self.training:
-            term = self.auxiliary_term(ffn, x, hidden)
-            if term is not None:
-                self._auxiliary.append(term)
-        else:
-            valid = valid_tokens(ffn, len(x))
+        valid = valid_tokens(ffn, len(x))
+        with torch.autocast(x.device.type, enabled=False):  # half-precision scores tie
+            mask = self.choose(ffn, x, hidden)
+            losses = self.token_losses(ffn, x, hidden) if self.training else None
+        if losses is not None:
+            self._auxiliary.append(losses.mean() if valid is None else (losses * valid).sum() / valid.sum())
+        if not self.training:
             active = mask if valid is None else mask & valid.unsqueeze(1)
             index = self.ffns.index(ffn)
             self._active[index] += active.sum()
@@ -201,7 +203,7 @@ class ThresholdMethod(ExpertMethod):
     def calibrate(self, batches: Sequence[Batch]) -> None:
         self.training = False
         self.chosen_shapes: dict[float, str] = {}
-        for budget in self.settings.budgets:
+        for budget in self.settings.budgets if self.budget is None else (self.budget,):
             fits = {shape: self._fit_thresholds(batches, budget, shape) for shape in self.shapes}
             # A shape that misses the budget, where scores tie, is no candidate unless all do.
             best = min(fits, key=lambda shape: (round(fits[shape][1], 2), fits[shape][2]))

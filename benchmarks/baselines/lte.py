@@ -89,10 +89,13 @@ class LTE(ThresholdMethod):
             self._shares.append((active & valid.unsqueeze(1)).sum() / (valid.sum() * ffn.num_experts))
         if not self.soft:
             return active
-        gates = logits.sigmoid()
-        losses = self._log_weight.exp() * _EFFICIENCY_WEIGHT * gates.square()
-        losses = losses + _SEPARABILITY_WEIGHT / ((gates - 0.5).square() + _SEPARABILITY_FLOOR)
-        if valid is not None:
-            losses = losses * (valid / valid.float().mean()).unsqueeze(1)
-        self._auxiliary.append(losses.mean())
-        return gates.to(hidden.dtype)
+        self._gates = logits.sigmoid()
+        return self._gates.to(hidden.dtype)
+
+    def token_losses(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor | None:
+        if not self.soft:
+            return None
+        gates, self._gates = self._gates, None
+        efficiency = _EFFICIENCY_WEIGHT * self._log_weight.exp() * gates.square()
+        separability = _SEPARABILITY_WEIGHT / ((gates - 0.5).square() + _SEPARABILITY_FLOOR)
+        return (efficiency + separability).mean(-1)

@@ -32,15 +32,15 @@ class MoEfication(TopK):
     def scores(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         return ffn.predictor(x)
 
-    def auxiliary_term(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        return self._loss(ffn, x.detach(), hidden.detach())
+    def token_losses(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return self._router_losses(ffn, x.detach(), hidden.detach())
 
     def _fit_router(self, ffn: SparseFFN, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             hidden = ffn.hidden(x)
-        return self._loss(ffn, x, hidden)
+        return self._router_losses(ffn, x, hidden).mean()
 
-    def _loss(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def _router_losses(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         sums = hidden.abs().float().unflatten(-1, (ffn.num_experts, -1)).sum(-1)
         target = sums / sums.amax(-1, keepdim=True).clamp(min=1e-12)
-        return F.binary_cross_entropy_with_logits(ffn.predictor(x), target)
+        return F.binary_cross_entropy_with_logits(ffn.predictor(x), target, reduction="none").mean(-1)

@@ -32,10 +32,10 @@ class _SoftmaxRouted(ExpertMethod):
             training.finish()
             ffn.router.requires_grad_(True)
 
-    def auxiliary_term(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def token_losses(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             target = router_target(contributions(ffn, hidden))
-        return F.kl_div(ffn.router(x.detach()).log_softmax(-1), target, reduction="batchmean")
+        return F.kl_div(ffn.router(x.detach()).log_softmax(-1), target, reduction="none").sum(-1)
 
 
 class TopKRouted(_SoftmaxRouted, TopK):

@@ -1,0 +1,352 @@
+"""The methods that the quality benchmark compares, on tiny models: budgets, training, and what their papers promise."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+if not BENCHMARKS.is_dir():
+    pytest.skip("needs the benchmarks folder of the source tree", allow_module_level=True)
+sys.path.append(str(BENCHMARKS))  # where the benchmarks import each other from; prunepath itself is not there
+
+from baselines import METHODS, Settings, routers  # noqa: E402
+from baselines.d2dmoe import square_hoyer  # noqa: E402
+from baselines.experts import ExpertMethod, batch_threshold, largest, mass_before  # noqa: E402
+
+from prunepath.convert.adapters import find_ffns  # noqa: E402
+from prunepath.errors import PrunePathError  # noqa: E402
+
+VOCABULARY = 97
+BUDGETS = (0.3, 0.5)
+SETTINGS = Settings(num_experts=8, budgets=BUDGETS, seed=0)
+ROUTED = [name for name, method in METHODS.items() if issubclass(method, ExpertMethod)]
+STATIC = [name for name in METHODS if name.startswith("static-")]
+
+
+def make_model(family: str):
+    torch.manual_seed(0)
+    shared = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    if family == "opt":
+        config = OPTConfig(**shared, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0, init_std=0.2)
+        return OPTForCausalLM(config).eval()
+    config = LlamaConfig(**shared, intermediate_size=64, num_key_value_heads=2, initializer_range=0.2)
+    return LlamaForCausalLM(config).eval()
+
+
+def make_batches(count: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(2, VOCABULARY, (8, 32), generator=generator)
+        attention = (torch.arange(32) < torch.randint(8, 33, (8, 1), generator=generator)).long()
+        batches.append({"input_ids": ids, "attention_mask": attention, "labels": ids.masked_fill(attention == 0, -100)})
+    return batches
+
+
+TRAINING = make_batches(16, seed=1)
+CALIBRATION = make_batches(3, seed=2)
+
+
+@pytest.fixture(scope="module", params=["llama", "opt"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _short_router_training(monkeypatch):
+    monkeypatch.setattr(routers, "_MIN_STEPS", 128)
+
+
+def make_method(name: str, family: str, budget: float = 0.5, **attributes):
+    method_class = type(METHODS[name].__name__, (METHODS[name],), attributes)
+    method = method_class(make_model(family), SETTINGS, None if method_class.one_checkpoint else budget)
+    method.install(TRAINING)
+    return method
+
+
+def train(method, progress_of_steps, learning_rate=1e-3):
+    """A few steps; the auxiliary losses."""
+    optimizer = torch.optim.AdamW(method.trainable_parameters(), lr=learning_rate, weight_decay=0.0)
+    method.model.train()
+    auxiliary = []
+    for i, progress in enumerate(progress_of_steps):
+        method.before_step(progress)
+        loss = method.model(**TRAINING[i % len(TRAINING)]).loss
+        extra = method.auxiliary_loss()
+        optimizer.zero_grad()
+        (loss + extra).backward()
+        optimizer.step()
+        auxiliary.append(float(torch.as_tensor(extra).detach()))
+    method.model.eval()
+    return auxiliary
+
+
+@torch.no_grad()
+def logits_of(model, batches=CALIBRATION):
+    """Logits of valid tokens [N, V]."""
+    return torch.cat([model(**batch).logits[batch["attention_mask"].bool()] for batch in batches])
+
+
+def error_of(method, reference):
+    return (logits_of(method.model) - reference).square().mean().item()
+
+
+def down_projections(model):
+    return [p for name, p in model.named_parameters() if name.endswith(("down_proj.weight", "fc2.weight"))]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_moves_the_backbone_and_budgets_are_reached(name, family):
+    method = make_method(name, family)
+    before = [p.detach().clone() for p in down_projections(method.model)]
+    losses = train(method, [0.0, 0.2, 0.4, 0.6, 0.8])
+    assert all(torch.isfinite(torch.tensor(losses)))
+    after = down_projections(method.model)
+    assert after and all(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+    method.calibrate(CALIBRATION)
+    for budget in BUDGETS if METHODS[name].one_checkpoint else (0.5,):
+        method.set_budget(budget)
+        logits_of(method.model)
+        if name == "dense":
+            assert method.active_fraction() == 1.0
+        else:
+            assert method.active_fraction() == pytest.approx(budget, abs=0.005)
+            assert sum(method.per_layer()) / 2 == pytest.approx(method.active_fraction())
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_budget_one_is_the_dense_model(name, family):
+    method = make_method(name, family)
+    dense = logits_of(make_model(family))
+    method.calibrate(CALIBRATION)
+    method.set_budget(0.5)
+    assert error_of(method, dense) > 1e-4
+    method.set_budget(1.0)
+    torch.testing.assert_close(logits_of(method.model), dense, atol=1e-4, rtol=1e-4)
+    assert method.active_fraction() == 1.0
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTED if name != "random"])
+def test_padding_changes_neither_routers_nor_counts(name):
+    def padded_with(token):
+        batches = []
+        for batch in [*TRAINING, *CALIBRATION]:
+            ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, token)
+            batches.append({**batch, "input_ids": ids})
+        return batches[: len(TRAINING)], batches[len(TRAINING) :]
+
+    results = []
+    for token in (5, 70):
+        training, calibration = padded_with(token)
+        method = METHODS[name](make_model("llama"), SETTINGS, None if METHODS[name].one_checkpoint else 0.5)
+        method.install(training)
+        method.calibrate(calibration)
+        method.before_step(0.0)
+        method.model(**training[0])
+        auxiliary = float(torch.as_tensor(method.auxiliary_loss()).detach())
+        method.set_budget(0.5)
+        logits = logits_of(method.model, calibration)
+        results.append((logits, method.active_fraction(), auxiliary))
+    (logits, fraction, auxiliary), other = results
+    torch.testing.assert_close(logits, other[0])
+    assert (fraction, auxiliary) == pytest.approx(other[1:], rel=1e-4)
+
+
+def test_routers_are_between_the_oracle_and_chance(family):
+    dense = logits_of(make_model(family))
+    errors = {}
+    for name in ("oracle-topk", "topk", "random"):
+        method = make_method(name, family)
+        method.set_budget(0.5)
+        errors[name] = error_of(method, dense)
+    assert errors["oracle-topk"] < errors["topk"] < errors["random"]
+
+
+@pytest.mark.parametrize("name", ["moefication", "d2dmoe-relative", "d2dmoe-absolute", "lte"])
+def test_fitted_routers_beat_chance_on_the_same_experts(name):
+    dense = logits_of(make_model("llama"))
+    method = make_method(name, "llama")
+    chance = make_method("random", "llama", partition=METHODS[name].partition, center=False)
+    method.calibrate(CALIBRATION)
+    for each in (method, chance):
+        each.set_budget(0.5)
+    assert error_of(method, dense) < error_of(chance, dense)
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_static_pruning_slices_the_projections(name, family):
+    method = make_method(name, family, budget=0.25)
+    kept = []
+    for site in find_ffns(method.model):
+        owner = site.parent._modules[site.name]
+        shapes = [tuple(getattr(owner, projection).weight.shape) for projection in site.layout.projections]
+        kept.append(shapes[-1][1])
+        assert shapes == [(kept[-1], 32)] * (len(shapes) - 1) + [(32, kept[-1])]
+    assert sum(kept) == 32
+    assert method.active_fraction() == 0.25
+    assert method.per_layer() == [k / 64 for k in kept]
+    if not METHODS[name].across_layers:
+        assert kept == [16, 16]
+    with pytest.raises(PrunePathError, match=r"Expected budget 0\.25"):
+        method.set_budget(0.5)
+
+
+@pytest.mark.parametrize("name", ["static-mean", "static-wanda"])
+def test_static_pruning_cuts_dead_neurons_first(name, family):
+    """With half of the neurons dead, half of them can go without a change."""
+    model = make_model(family)
+    with torch.no_grad():
+        for weight in down_projections(model):
+            weight[:, ::2] = 0
+    method = METHODS[name](copy.deepcopy(model), SETTINGS, 0.5)
+    method.install(TRAINING)
+    torch.testing.assert_close(logits_of(method.model), logits_of(model), atol=1e-4, rtol=1e-4)
+
+
+def test_flap_compensates_constant_neurons_exactly():
+    """A neuron that never varies is first to go, and its output stays, in the bias."""
+    model = make_model("opt")
+    with torch.no_grad():
+        for layer in model.model.decoder.layers:
+            layer.fc1.weight[::2] = 0
+            layer.fc1.bias[::2] = 1.0
+    method = METHODS["static-flap"](copy.deepcopy(model), SETTINGS, 0.5)
+    method.install(TRAINING)
+    assert method.per_layer() == [0.5, 0.5]
+    torch.testing.assert_close(logits_of(method.model), logits_of(model), atol=1e-4, rtol=1e-4)
+
+
+def test_flap_compensation_lowers_the_error():
+    dense = logits_of(make_model("opt"))
+    with_bias, without = (make_method("static-flap", "opt", compensate=value) for value in (True, False))
+    assert error_of(with_bias, dense) < error_of(without, dense)
+
+
+def test_d2dmoe_enforcement_makes_activations_sparser():
+    def hoyer_after(steps):
+        method = make_method("d2dmoe-relative", "opt")
+        train(method, [0.0] * steps)
+        method.set_budget(1.0)
+        values = []
+        for ffn in method.ffns:
+            ffn.observe_input = lambda ffn, x: values.append(square_hoyer(ffn.hidden(x)).mean().item())
+        logits_of(method.model)
+        return sum(values) / len(values)
+
+    assert hoyer_after(30) < 0.95 * hoyer_after(0)
+
+
+def test_square_hoyer_is_one_for_equal_and_smallest_for_single_neurons():
+    hidden = torch.tensor([[2.0, -2.0, 2.0, 2.0], [0.0, 0.0, -3.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    assert square_hoyer(hidden).tolist() == [1.0, 0.25, 0.0]
+
+
+def test_d2dmoe_trains_dense_first_and_at_drawn_budgets_later():
+    method = make_method("d2dmoe-relative", "llama")
+    drawn = []
+    for progress in (0.0, 0.3, 0.4, 0.6, 0.8, 0.9):
+        method.before_step(progress)
+        drawn.append(method.step_budget)
+    assert drawn[:2] == [1.0, 1.0]
+    assert min(drawn[2:]) < 1.0
+
+
+def test_lte_gates_polarise_and_routers_freeze_in_the_second_stage():
+    method = make_method("lte", "llama")
+    distance = []
+
+    def observe(ffn, x):
+        if not method.training:
+            distance.append((ffn.predictor(x).sigmoid() - 0.5).abs().mean().item())
+
+    for ffn in method.ffns:
+        ffn.observe_input = observe
+    method.set_budget(1.0)
+    logits_of(method.model)
+    train(method, [0.0] * 30, learning_rate=3e-3)
+    untrained = sum(distance) / len(distance)
+    distance.clear()
+    method.set_budget(1.0)
+    logits_of(method.model)
+    assert sum(distance) / len(distance) > untrained + 0.02
+
+    routers_before = [p.detach().clone() for ffn in method.ffns for p in ffn.predictor.parameters()]
+    assert train(method, [0.6] * 3) == [0.0] * 3
+    routers_after = [p for ffn in method.ffns for p in ffn.predictor.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(routers_after, routers_before, strict=True))
+
+
+def test_lte_weighs_efficiency_until_the_budget_is_met():
+    method = make_method("lte", "llama", budget=0.25)
+    for share, grows in ((0.75, True), (0.1, False)):
+        before = method._log_weight.clone()
+        method._shares = [torch.tensor(share)]
+        method.before_step(0.1)
+        assert (method._log_weight > before).item() is grows
+
+
+def test_methods_for_one_budget_ask_for_it():
+    for name in (*STATIC, "lte"):
+        assert not METHODS[name].one_checkpoint
+        with pytest.raises(PrunePathError, match=f"Expected a budget for {name}"):
+            METHODS[name](make_model("llama"), SETTINGS).install(TRAINING)
+
+
+def test_uncalibrated_budgets_are_refused():
+    method = make_method("prunepath", "llama")
+    method.calibrate(CALIBRATION)
+    with pytest.raises(PrunePathError, match=r"calibrated budgets \[0\.3, 0\.5\]"):
+        method.set_budget(0.4)
+
+
+def test_same_seed_same_method(family):
+    first, second = (make_method("d2dmoe-relative", family) for _ in range(2))
+    for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b)
+    budgets = []
+    for method in (first, second):
+        for _ in range(5):
+            method.before_step(0.5)
+            budgets.append(method.step_budget)
+    assert budgets[:5] == budgets[5:]
+
+
+def test_largest_mixes_whole_counts_to_the_budget():
+    generator = torch.Generator().manual_seed(0)
+    x, scores = torch.randn(4000, 16, generator=generator), torch.randn(4000, 8, generator=generator)
+    mask = largest(scores, x, 0.3)
+    counts = mask.sum(-1)
+    assert set(counts.tolist()) == {2, 3}
+    assert counts.float().mean() / 8 == pytest.approx(0.3, abs=0.005)
+    assert (scores.masked_fill(~mask, 9.0).amin(-1) > scores.masked_fill(mask, -9.0).amax(-1)).all()
+    torch.testing.assert_close(largest(scores[:7], x[:7], 0.3), mask[:7])  # whatever the batch
+    assert largest(scores, x, 0.01).sum(-1).unique().tolist() == [1]
+    assert largest(scores, x, 1.0).all()
+
+
+def test_batch_threshold_is_the_quantile_over_valid_tokens():
+    priority = torch.tensor([[0.1, 0.2], [0.3, 0.4], [-9.0, -9.0]])
+    valid = torch.tensor([True, True, False])
+    for budget, active in ((0.25, 1), (0.5, 2), (1.0, 4)):
+        threshold = batch_threshold(priority, valid, budget)
+        assert (priority[:2] < threshold).sum() == active
+    assert (priority < batch_threshold(priority, None, 0.5)).sum() == 3
+
+
+def test_mass_before_sums_larger_shares():
+    shares = torch.tensor([[0.2, 0.5, 0.3]])
+    torch.testing.assert_close(mass_before(shares), torch.tensor([[0.8, 0.0, 0.5]]))
