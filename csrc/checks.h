@@ -215,6 +215,7 @@ inline void check_route_out(const char* op, const RouteShape& shape, const Tenso
 struct FfnShape {
   int64_t num_tokens;  // T
   ExpertLayout layout;
+  InStrides in_strides;
   Activation activation;
 };
 
@@ -316,6 +317,20 @@ inline void check_parameter(const char* op, const char* name, const std::optiona
   }
 }
 
+// w_in may be a view, as of one matrix with the gate's rows before those of up, as long as rows are
+// contiguous and neurons follow each other at one distance.
+inline InStrides check_in_strides(const char* op, const ExpertLayout& layout, const Tensor& w_in) {
+  const int64_t n = layout.expert_width;
+  const int64_t neuron = n == 1 ? w_in.stride(0) : w_in.stride(1);
+  const bool spaced = layout.num_experts == 1 || w_in.stride(0) == n * neuron;
+  const bool contiguous_rows = layout.hidden_size == 1 || w_in.stride(3) == 1;
+  if (!w_in.is_contiguous() && !(spaced && contiguous_rows)) {
+    fail(op, "expected w_in with contiguous rows and neurons at one distance, got shape ",
+         shape_string(w_in.sizes()), " with strides ", shape_string(w_in.strides()));
+  }
+  return {neuron, w_in.stride(2)};
+}
+
 inline FfnShape check_ffn(const char* op, const Tensor& x, const Tensor& w_in, const Tensor& w_out,
                           const std::string& activation, const std::optional<Tensor>& b_in,
                           const std::optional<Tensor>& b_out, const std::optional<Tensor>& center) {
@@ -324,7 +339,7 @@ inline FfnShape check_ffn(const char* op, const Tensor& x, const Tensor& w_in, c
   const int64_t n = layout.expert_width;
   const int64_t G = layout.per_neuron;
   const int64_t H = layout.hidden_size;
-  check_contiguous(op, "w_in", w_in);
+  const InStrides in_strides = check_in_strides(op, layout, w_in);
   check_contiguous(op, "w_out", w_out);
   check_same_device(op, "x", x, "w_in", w_in);
   check_dtype(op, "x", x, w_in.scalar_type());
@@ -334,7 +349,7 @@ inline FfnShape check_ffn(const char* op, const Tensor& x, const Tensor& w_in, c
   check_parameter(op, "b_in", b_in, w_in, {E, n, G}, "[E, n, G]");
   check_parameter(op, "b_out", b_out, w_in, {H}, "[H]");
   check_parameter(op, "center", center, w_in, {E, n}, "[E, n]");
-  return {x.size(0), layout, check_activation(op, activation)};
+  return {x.size(0), layout, in_strides, check_activation(op, activation)};
 }
 
 // Returns K, the columns of expert_ids.

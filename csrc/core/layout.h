@@ -16,6 +16,12 @@ struct ExpertLayout {
   int64_t hidden_size;   // H
 };
 
+// Elements between the rows of w_in where it is a view: of two matrices in one, say.
+struct InStrides {
+  int64_t neuron;  // from a neuron to the next one, over all experts
+  int64_t inner;   // from a neuron's gate to its up
+};
+
 PRUNEPATH_HD int64_t num_neurons(const ExpertLayout& layout) {
   return layout.num_experts * layout.expert_width;
 }

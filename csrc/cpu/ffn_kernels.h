@@ -24,6 +24,7 @@ struct FfnWeights {
   ExpertLayout layout;
   DType dtype;
   const void* w_in;
+  InStrides in_strides;
   const void* w_out;
   Parameter b_in;
   Parameter center;

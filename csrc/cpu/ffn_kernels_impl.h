@@ -73,22 +73,23 @@ PRUNEPATH_INLINE float sum_lanes(Floats v) {
   return sums[0];
 }
 
-// out[r] = x . rows[r * size] for R rows that follow each other.
-template <int R, typename W>
-PRUNEPATH_INLINE void dot_rows(const float* __restrict x, const W* __restrict rows, int64_t size,
-                               float* __restrict out) {
+// out[r] = x . row r, for R rows in pairs (G = 2) or single: `stride` elements from a pair to the
+// next, `inner_stride` from the first of a pair to the second.
+template <int R, int G, typename W>
+PRUNEPATH_INLINE void dot_rows(const float* __restrict x, const W* __restrict rows, int64_t stride,
+                               int64_t inner_stride, int64_t size, float* __restrict out) {
   Floats sums[R] = {};
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
     const Floats xs = load(x + i);
     for (int r = 0; r < R; ++r) {
-      sums[r] += xs * load(rows + r * size + i);
+      sums[r] += xs * load(rows + r / G * stride + r % G * inner_stride + i);
     }
   }
   for (int r = 0; r < R; ++r) {
     float sum = sum_lanes(sums[r]);
     for (int64_t j = i; j < size; ++j) {
-      sum += x[j] * to_float(rows[r * size + j]);
+      sum += x[j] * to_float(rows[r / G * stride + r % G * inner_stride + j]);
     }
     out[r] = sum;
   }
@@ -124,12 +125,13 @@ template <int R, int G, typename W>
 PRUNEPATH_INLINE void run_block(const FfnWeights& weights, int64_t neuron, uint64_t mask,
                                 const float* x, float* partial) {
   const int64_t H = weights.layout.hidden_size;
-  const W* in = static_cast<const W*>(weights.w_in) + in_offset(weights.layout, neuron);
+  const int64_t in_stride = weights.in_strides.neuron;
+  const W* in = static_cast<const W*>(weights.w_in) + neuron * in_stride;
   const W* out = static_cast<const W*>(weights.w_out) + out_offset(weights.layout, neuron);
   for (; mask != 0; mask &= mask - 1) {
     const int64_t token = __builtin_ctzll(mask);
     float pre[R * G];
-    dot_rows<R * G>(x + token * H, in, H, pre);
+    dot_rows<R * G, G>(x + token * H, in, in_stride, weights.in_strides.inner, H, pre);
     float h[R];
     for (int r = 0; r < R; ++r) {
       const int64_t bias = (neuron + r) * G;
@@ -197,13 +199,14 @@ void router_logits_typed(const float* x, int64_t num_tokens, int64_t hidden_size
   for (; e + kBlock <= end; e += kBlock) {
     for (int64_t t = 0; t < num_tokens; ++t) {
       float* out = logits + t * num_experts + e;
-      dot_rows<kBlock>(x + t * hidden_size, weight + e * hidden_size, hidden_size, out);
+      dot_rows<kBlock, 1>(x + t * hidden_size, weight + e * hidden_size, hidden_size, 0,
+                          hidden_size, out);
     }
   }
   for (; e < end; ++e) {
     for (int64_t t = 0; t < num_tokens; ++t) {
-      dot_rows<1>(x + t * hidden_size, weight + e * hidden_size, hidden_size,
-                  logits + t * num_experts + e);
+      dot_rows<1, 1>(x + t * hidden_size, weight + e * hidden_size, hidden_size, 0, hidden_size,
+                     logits + t * num_experts + e);
     }
   }
   if (bias.data != nullptr) {

@@ -17,9 +17,9 @@ inline FfnProblem make_problem(const FfnShape& shape, const Tensor& x, const Ten
                                const Tensor& w_out, const std::optional<Tensor>& b_in,
                                const std::optional<Tensor>& b_out,
                                const std::optional<Tensor>& center, const Tensor& y) {
-  const FfnWeights weights{shape.layout,           element_type(w_in),   w_in.const_data_ptr(),
-                           w_out.const_data_ptr(), make_parameter(b_in), make_parameter(center),
-                           shape.activation};
+  const FfnWeights weights{shape.layout,           element_type(w_in),     w_in.const_data_ptr(),
+                           shape.in_strides,       w_out.const_data_ptr(), make_parameter(b_in),
+                           make_parameter(center), shape.activation};
   return {weights,     shape.num_tokens,      x.const_data_ptr(),  x.stride(0),
           x.stride(1), make_parameter(b_out), y.mutable_data_ptr()};
 }

@@ -109,7 +109,8 @@ def sparse_ffn(
 
     Args:
         x: [T, H] float32, bfloat16 or float16, any strides.
-        w_in: [E, n, G, H] of x's dtype, contiguous; see `pack_experts`.
+        w_in: [E, n, G, H] of x's dtype; see `pack_experts`. Contiguous, or a view whose rows are contiguous and whose
+            neurons are at one distance, as of one matrix [2·D, H] with the gate's rows before those of up.
         w_out: [E, n, H] of x's dtype, contiguous.
         expert_ids: int32 [T, K], as `route` gives them; no expert twice for a token.
         counts: int32 [T]: how many of a token's expert_ids are active, from 0 to K.

@@ -190,6 +190,20 @@ def test_non_contiguous_x(make_ffn, make_selection, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_experts", "width"), [(5, 6), (1, 7), (7, 1)])
+def test_w_in_may_be_a_view_of_other_storage(make_ffn, make_selection, dtype, num_experts, width):
+    ffn = make_ffn(6, num_experts, width, dtype=dtype)
+    ids, counts = make_selection(6, num_experts)
+    y = ops.sparse_ffn(ffn.x, ffn.w_in, ffn.w_out, ids, counts, "silu", **ffn.parameters)
+    gates_then_ups = ffn.w_in.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    wider = torch.cat([ffn.w_in, torch.full_like(ffn.w_in, math.nan)], 3)[..., :40]
+    for w_in in (gates_then_ups, wider):
+        assert not w_in.is_contiguous()
+        again = ops.sparse_ffn(ffn.x, w_in, ffn.w_out, ids, counts, "silu", **ffn.parameters)
+        assert torch.equal(again, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [0, 1, 70])
 def test_out_writes_every_element_and_repeats(make_ffn, make_selection, dtype, num_tokens):
     ffn = make_ffn(num_tokens, 16, 72, 130, dtype=dtype)
@@ -229,7 +243,8 @@ def bad_cases():
     return [
         case("w_in dims", {"w_in": torch.zeros(5, 6, 40)}, r"w_in of shape \[E, n, G, H\].*\[5, 6, 40\]"),
         case("w_in G", {"w_in": torch.zeros(5, 6, 3, 40)}, r"w_in of shape .*\[5, 6, 3, 40\]"),
-        case("w_in stride", {"w_in": torch.zeros(5, 6, 40, 2).mT}, "w_in to be contiguous"),
+        case("w_in stride", {"w_in": torch.zeros(5, 6, 40, 2).mT}, "w_in with contiguous rows.*strides"),
+        case("w_in distance", {"w_in": torch.zeros(5, 7, 2, 40)[:, :6]}, "w_in .*neurons at one distance"),
         case("w_in dtype", {"w_in": torch.zeros(5, 6, 2, 40).double()}, "w_in of dtype .*got float64"),
         case("w_out", {"w_out": torch.zeros(5, 6, 41)}, r"w_out of shape .*= \[5, 6, 40\], got \[5, 6, 41\]"),
         case("w_out stride", {"w_out": torch.zeros(5, 40, 6).mT}, "w_out to be contiguous"),
