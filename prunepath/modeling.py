@@ -26,7 +26,7 @@ from prunepath.convert.partition import check_num_experts
 from prunepath.convert.tokens import sample_windows
 from prunepath.errors import CheckpointError, PrunePathError
 from prunepath.nn import SparseFFN
-from prunepath.nn.observers import CountRecord, counting, observing_inputs
+from prunepath.nn.observers import CountRecord, counting, observing_inputs, padding_masks
 from prunepath.nn.thresholds import check_fraction, interpolate_thresholds
 from prunepath.train.calibration import calibrate, num_passes
 from prunepath.train.router import RouterTraining
@@ -178,12 +178,12 @@ def set_budget(model: nn.Module, budget: float) -> None:
 
 @contextlib.contextmanager
 def record_counts(model: nn.Module) -> Iterator[CountRecord]:
-    """Records how many experts each token runs, inside a `with` block.
+    """Records how many experts each token runs, padding left out, inside a `with` block.
 
     Yields:
         A `CountRecord`, whose `active_fraction`, `per_layer` and `histogram` cover all calls so far.
     """
-    with counting(_sparse_ffns(model).values()) as record:
+    with padding_masks(model), counting(_sparse_ffns(model).values()) as record:
         yield record
 
 

@@ -1,4 +1,4 @@
-"""Watching sparse FFNs at work: their inputs, and how many experts their tokens run."""
+"""Watching sparse FFNs at work: their inputs, how many experts their tokens run, and which tokens are padding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import nn
 
 from prunepath.nn.sparse_ffn import SparseFFN
 
@@ -25,6 +26,9 @@ class CountRecord:
     def add(self, ffn: SparseFFN, counts: torch.Tensor) -> None:
         """An `observe_counts` hook: counts int32 [T]."""
         i = self._index[ffn]
+        valid = ffn.valid_tokens(len(counts))
+        if valid is not None:
+            counts = counts[valid]
         self.histogram[i] += torch.bincount(counts.cpu(), minlength=ffn.num_experts + 1)
 
     @property
@@ -69,3 +73,34 @@ def observing_inputs(observers: dict[SparseFFN, object]) -> Iterator[None]:
     finally:
         for ffn in observers:
             ffn.observe_input = None
+
+
+@contextlib.contextmanager
+def padding_masks(model: nn.Module) -> Iterator[None]:
+    """Inside the `with` block, each forward pass of `model` tells its sparse FFNs which tokens are padding.
+
+    Padding has 0 in the `attention_mask`, or for the decoder of an encoder-decoder in `decoder_attention_mask`, or
+    without that a label of -100.
+    """
+    two_stacks = bool(getattr(model.config, "is_encoder_decoder", False))
+    stacks: dict[bool, list[SparseFFN]] = {False: [], True: []}
+    for path, module in model.named_modules():
+        if isinstance(module, SparseFFN):
+            stacks[two_stacks and "decoder" in path.split(".")].append(module)
+
+    def set_masks(_, args: tuple, kwargs: dict) -> None:
+        labels, decoder = kwargs.get("labels"), kwargs.get("decoder_attention_mask")
+        if decoder is None and labels is not None and two_stacks:
+            decoder = labels != -100
+        for is_decoder, mask in ((False, kwargs.get("attention_mask")), (True, decoder)):
+            known = mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+            for ffn in stacks[is_decoder]:
+                ffn.padding_mask = known
+
+    hook = model.register_forward_pre_hook(set_masks, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for ffn in (*stacks[False], *stacks[True]):
+            ffn.padding_mask = None

@@ -72,7 +72,8 @@ class SparseFFN(nn.Module):
     when a projection is no plain `nn.Linear` (a LoRA layer, say), the FFN is computed densely and masked, in autograd.
 
     Three hooks, None unless set: `observe_input(ffn, x)`, `observe_counts(ffn, counts)`, and `select(ffn, x, hidden)`,
-    which replaces the router's choice by a mask [T, E], and keeps the FFN to the masked dense computation.
+    which replaces the router's choice by a mask [T, E], and keeps the FFN to the masked dense computation. They see
+    padding too; `valid_tokens` tells it apart where `prunepath.nn.observers.padding_masks` is in force.
 
     Args:
         dense: the module that owns the projections.
@@ -110,6 +111,7 @@ class SparseFFN(nn.Module):
         self.observe_input: Callable[[SparseFFN, torch.Tensor], None] | None = None
         self.observe_counts: Callable[[SparseFFN, torch.Tensor], None] | None = None
         self.select: Callable[[SparseFFN, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+        self.padding_mask: torch.Tensor | None = None
         if adopt:
             for name in layout.projections:
                 self.add_module(name, getattr(dense, name))
@@ -155,6 +157,13 @@ class SparseFFN(nn.Module):
         if self.layout.gate is None:
             return act(self.projection(self.layout.up)(x))
         return act(self.projection(self.layout.gate)(x)) * self.projection(self.layout.up)(x)
+
+    def valid_tokens(self, num_tokens: int) -> torch.Tensor | None:
+        """Which of the current call's T tokens are no padding: bool [T]; None if all are, or nobody said."""
+        if self.padding_mask is None or num_tokens % len(self.padding_mask):
+            return None
+        length = num_tokens // len(self.padding_mask)  # with a KV cache, a call has only the sequences' last tokens
+        return self.padding_mask[:, -length:].flatten() if length <= self.padding_mask.shape[1] else None
 
     def active_mask(self, x: torch.Tensor) -> torch.Tensor:
         """Which experts run for x [T, H]: bool [T, E]. No gradient passes through the selection."""

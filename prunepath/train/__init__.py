@@ -1,1 +1,1 @@
-"""Training routers, and turning budgets into thresholds."""
+"""Training routers, fine-tuning at any budget, and turning budgets into thresholds."""
