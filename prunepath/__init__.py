@@ -12,6 +12,7 @@ from prunepath.convert.adapters import FFNAdapter, register_adapter
 from prunepath.errors import BackendError, CheckpointError, NativeLibraryError, PrunePathError
 from prunepath.integrations import register as _register_integrations
 from prunepath.modeling import (
+    calibrate,
     convert,
     get_thresholds,
     is_sparse,
@@ -37,6 +38,7 @@ __all__ = [
     "PrunePathConfig",
     "PrunePathError",
     "SparseFFN",
+    "calibrate",
     "convert",
     "get_thresholds",
     "is_sparse",

@@ -9,31 +9,38 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from prunepath import ops
 from prunepath.config import PrunePathConfig
 from prunepath.convert.adapters import find_ffns
+from prunepath.convert.batches import (
+    Batch,
+    backbone_inputs,
+    count_tokens,
+    first_tokens,
+    mean_loss,
+    merge,
+    sample_batches,
+    split_held_out,
+)
 from prunepath.convert.experts import ExpertGrouping
 from prunepath.convert.partition import check_num_experts
-from prunepath.convert.tokens import sample_windows
 from prunepath.errors import CheckpointError, PrunePathError
 from prunepath.nn import SparseFFN
 from prunepath.nn.observers import CountRecord, counting, observing_inputs, padding_masks
 from prunepath.nn.thresholds import check_fraction, interpolate_thresholds
-from prunepath.train.calibration import calibrate, num_passes
+from prunepath.train.calibration import fit_budgets, num_passes
 from prunepath.train.router import RouterTraining
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "prunepath"
-_FORWARD_TOKENS = 1024
 
 
 @dataclasses.dataclass
@@ -221,7 +228,8 @@ def convert(
     Args:
         model: a `PreTrainedModel` of a supported family, on the device to work on.
         tokenizer: its tokenizer; None if `texts` are token ids.
-        texts: calibration data: an iterable of strings, or of integer tensors of token ids with `tokenizer` None.
+        texts: calibration data: an iterable of strings; or with `tokenizer` None of integer tensors of token ids, or of
+            batches as a data collator makes them, dicts of tensors with `input_ids` and, for a loss, `labels`.
         config: see `PrunePathConfig`.
         progress: show progress bars.
 
@@ -240,12 +248,10 @@ def convert(
         check_num_experts(site.intermediate_size, config.num_experts)
     device = next(model.parameters()).device
     ops.resolve_backend(config.backend, device)
-    router_tokens, grouped_tokens = config.router_tokens, config.partition_tokens
-    wanted = config.calibration_tokens + max(router_tokens, grouped_tokens)
-    windows = sample_windows(texts, tokenizer, config.sequence_length, wanted, config.seed).to(device)
-    held_out = min(max(1, round(len(windows) * config.calibration_tokens / wanted)), len(windows) - 1)
-    calibration, training = windows[:held_out], windows[held_out:]
-    length = windows.shape[1]
+    wanted = config.calibration_tokens + max(config.router_tokens, config.partition_tokens)
+    batches = sample_batches(model, texts, tokenizer, config.sequence_length, wanted, config.seed)
+    share = config.calibration_tokens / wanted
+    calibration, training = split_held_out(batches, round(sum(map(count_tokens, batches)) * share))
 
     centered = config.center is not False
     description = SparseDescription(config, centered, [s.path for s in sites], [1.0] * len(sites), {}, "per_layer")
@@ -253,51 +259,75 @@ def convert(
     model.eval()
     ffns = install(model, description)
     backbone = model.base_model
-    with torch.no_grad(), _without_cache(model), _bars(progress) as bar:
+    with torch.no_grad(), _without_cache(model), _padding_masks(model), _bars(progress) as bar:
         grouping = ExpertGrouping(config, bar("Grouping neurons", len(ffns)))
         with observing_inputs({ffn: grouping.observe for ffn in ffns.values()}):
-            backbone(input_ids=training[: max(1, grouped_tokens // length)])
+            backbone(**backbone_inputs(merge(list(first_tokens(training, config.partition_tokens)))))
         if config.center is None and not grouping.centering_helps:
             description.centered = False
             for ffn in ffns.values():
                 ffn.center = None
 
         trainings = {ffn: RouterTraining(ffn, stats.mean, stats.std, config) for ffn, stats in grouping.inputs.items()}
-        batches = training[: max(1, router_tokens // length)].split(max(1, _FORWARD_TOKENS // length))
+        batches = list(first_tokens(training, config.router_tokens))
         advance = bar("Training routers", len(batches))
         with observing_inputs({ffn: t.observe for ffn, t in trainings.items()}):
             for i, batch in enumerate(batches):
                 for router in trainings.values():
                     router.schedule(i / len(batches))
-                backbone(input_ids=batch)
+                backbone(**backbone_inputs(batch))
                 advance()
         for router in trainings.values():
             router.finish()
-
-        result = calibrate(
-            list(ffns.values()),
-            lambda: backbone(input_ids=calibration),
-            lambda: _language_model_loss(model, calibration),
-            bar("Calibrating budgets", num_passes()),
-        )
-    description.budgets, description.calibration_shape = result.table, result.shape
-    model.config.quantization_config = description.to_dict()
-    set_threshold(model, 1.0)
+        _fit_budgets(model, description, calibration, bar("Calibrating budgets", num_passes()))
     model.train(was_training)
     for ffn in ffns.values():
         ffn.pack()
     return model
 
 
-def _language_model_loss(model: nn.Module, windows: torch.Tensor) -> float | None:
-    """Mean next-token loss in nats over windows [N, S]; None for a model without a language-model head."""
-    if model.get_output_embeddings() is None:
-        return None
-    total = 0.0
-    for batch in windows.split(max(1, _FORWARD_TOKENS // windows.shape[1])):
-        logits = model(input_ids=batch).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-    return total / (windows.shape[0] * (windows.shape[1] - 1))
+def calibrate(model: nn.Module, tokenizer: Any | None, texts: Iterable, *, progress: bool = False) -> None:
+    """Turns budgets into thresholds anew, after a sparse model's weights have changed. Afterwards it is dense.
+
+    Args:
+        model: a sparse model, on the device to work on.
+        tokenizer, texts: data that the model was not trained on, as for `convert`.
+        progress: show a progress bar.
+
+    Raises:
+        PrunePathError: for a dense model, or data that is too short.
+    """
+    description = description_of(model)
+    config = description.config
+    batches = sample_batches(model, texts, tokenizer, config.sequence_length, config.calibration_tokens, config.seed)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), _without_cache(model), _padding_masks(model), _bars(progress) as bar:
+        _fit_budgets(model, description, batches, bar("Calibrating budgets", num_passes()))
+    model.train(was_training)
+
+
+def _fit_budgets(
+    model: nn.Module, description: SparseDescription, batches: Sequence[Batch], progress: Callable[[], None]
+) -> None:
+    """Fills the table of budgets from calibration batches, and leaves the model dense."""
+    inputs = backbone_inputs(merge(batches))
+    result = fit_budgets(
+        list(sparse_ffns(model).values()),
+        lambda: model.base_model(**inputs),
+        lambda: mean_loss(model, batches),
+        progress,
+    )
+    description.budgets, description.calibration_shape = result.table, result.shape
+    model.config.quantization_config = description.to_dict()
+    set_threshold(model, 1.0)
+
+
+@contextlib.contextmanager
+def _padding_masks(model: nn.Module) -> Iterator[None]:
+    """Tells the FFNs of padding in calls of the model and in calls of its backbone."""
+    with padding_masks(model), padding_masks(model.base_model):
+        yield
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -64,10 +64,15 @@ def counting(ffns: Iterable[SparseFFN]) -> Iterator[CountRecord]:
 
 
 @contextlib.contextmanager
-def observing_inputs(observers: dict[SparseFFN, object]) -> Iterator[None]:
-    """Attaches an `observe_input` hook to each FFN inside the `with` block."""
-    for ffn, observer in observers.items():
-        ffn.observe_input = observer
+def observing_inputs(observers: dict[SparseFFN, Callable[[SparseFFN, torch.Tensor], None]]) -> Iterator[None]:
+    """Attaches an `observe_input` hook to each FFN inside the `with` block; it sees no padding."""
+
+    def without_padding(ffn: SparseFFN, x: torch.Tensor) -> None:
+        valid = ffn.valid_tokens(len(x))
+        observers[ffn](ffn, x if valid is None else x[valid])
+
+    for ffn in observers:
+        ffn.observe_input = without_padding
     try:
         yield
     finally:

@@ -32,12 +32,12 @@ class Calibration:
 
 
 def num_passes() -> int:
-    """How often `calibrate` reports progress."""
+    """How often `fit_budgets` reports progress."""
     return 2 * len(BUDGETS) + len(SHARED_THRESHOLDS)
 
 
 @torch.no_grad()
-def calibrate(
+def fit_budgets(
     ffns: list[SparseFFN],
     encode: Callable[[], None],
     loss: Callable[[], float | None],

@@ -4,7 +4,7 @@ from torch import nn
 from prunepath.config import PrunePathConfig
 from prunepath.nn import FFNLayout, SparseFFN
 from prunepath.nn.experts import expert_contributions, router_target
-from prunepath.train.calibration import BUDGETS, calibrate, num_passes
+from prunepath.train.calibration import BUDGETS, fit_budgets, num_passes
 from prunepath.train.router import RouterTraining
 
 
@@ -69,7 +69,7 @@ def test_fitted_thresholds_give_the_fraction_asked_for():
         ffn.router.weight.normal_()
     x = torch.randn(4000, 16)
     passes = []
-    result = calibrate([ffn], lambda: ffn(x), lambda: None, lambda: passes.append(1))
+    result = fit_budgets([ffn], lambda: ffn(x), lambda: None, lambda: passes.append(1))
     assert list(result.table) == list(BUDGETS) and result.shape == "per_layer" and result.losses == {}
     for budget in (0.15, 0.5, 0.9):
         ffn.threshold = result.table[budget][0]
@@ -98,7 +98,7 @@ def test_the_shape_with_the_lower_loss_is_chosen():
         encode()
         return 2.0 - (first.threshold == second.threshold)
 
-    assert calibrate([first, second], encode, equal_thresholds_lose).shape == "per_layer"
-    shared = calibrate([first, second], encode, equal_thresholds_win)
+    assert fit_budgets([first, second], encode, equal_thresholds_lose).shape == "per_layer"
+    shared = fit_budgets([first, second], encode, equal_thresholds_win)
     assert shared.shape == "shared"
     assert all(a == b for a, b in shared.table.values())
