@@ -37,7 +37,7 @@ class _D2DMoE(ThresholdMethod):
 
     @staticmethod
     def _norms(ffn: SparseFFN, hidden: torch.Tensor) -> torch.Tensor:
-        down = ffn.projection(ffn.layout.down).weight
+        down = ffn.down_weight()
         return expert_contributions(hidden, down, ffn.num_experts, ffn.center)
 
     def predicted_norms(self, ffn: SparseFFN, x: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ class ExpertMethod(Method):
                 experts,
                 intermediate_size=ffn.intermediate_size,
                 profiles=hidden,
-                weights=ffn.projection(ffn.layout.inputs[0]).weight.float(),
+                weights=ffn.input_weights()[0].float(),
                 seed=self.settings.seed,
             ).to(x.device)
             reorder_neurons(ffn, order)

@@ -11,7 +11,7 @@ from prunepath.nn.experts import expert_contributions, router_target
 
 def contributions(ffn: SparseFFN, hidden: torch.Tensor) -> torch.Tensor:
     """What each expert adds to the output, float32 [T, E]."""
-    return expert_contributions(hidden, ffn.projection(ffn.layout.down).weight, ffn.num_experts, ffn.center)
+    return expert_contributions(hidden, ffn.down_weight(), ffn.num_experts, ffn.center)
 
 
 class OracleTopK(TopK):

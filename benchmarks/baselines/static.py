@@ -53,7 +53,7 @@ def neuron_statistics(model: nn.Module, batches: Sequence[Batch]) -> list[Neuron
         n = len(x)
         variance = (square - total.square() / n).clamp(min=0) / max(1, n - 1)
         values = (total / n, variance, magnitude / n, (square / n).sqrt())
-        down = ffn.projection(ffn.layout.down).weight
+        down = ffn.down_weight()
         statistics.append(NeuronStatistics(*(value.float() for value in values), down.float()))
     return statistics
 

@@ -53,13 +53,12 @@ class ExpertGrouping:
     def observe(self, ffn: SparseFFN, x: torch.Tensor) -> None:
         """An `observe_input` hook: x [T, H]."""
         hidden = ffn.hidden(x).float()
-        gate = ffn.layout.inputs[0]
         order = partition_neurons(
             self.config.partition,
             ffn.num_experts,
             intermediate_size=ffn.intermediate_size,
             profiles=hidden,
-            weights=ffn.projection(gate).weight.float(),
+            weights=ffn.input_weights()[0].float(),
             seed=self.config.seed,
         ).to(x.device)
         hidden = hidden[:, order]
@@ -75,18 +74,16 @@ class ExpertGrouping:
 
 def reorder_neurons(ffn: SparseFFN, order: torch.Tensor) -> None:
     """Makes neuron `order[j]` neuron j: rows of the input projections and columns of `down`, in place."""
-    for name in ffn.layout.inputs:
-        linear = ffn.projection(name)
-        linear.weight.copy_(linear.weight[order])
-        if linear.bias is not None:
-            linear.bias.copy_(linear.bias[order])
-    down = ffn.projection(ffn.layout.down)
-    down.weight.copy_(down.weight[:, order])
+    for tensor in (*ffn.input_weights(), *ffn.input_biases()):
+        if tensor is not None:
+            tensor.copy_(tensor[order])
+    down = ffn.down_weight()
+    down.copy_(down[:, order])
 
 
 def _skipping_errors(ffn: SparseFFN, hidden: torch.Tensor) -> tuple[float, float]:
     """Squared output error of running the best experts alone: with skipped neurons at zero, and at their mean."""
-    weight = ffn.projection(ffn.layout.down).weight.float()
+    weight = ffn.down_weight().float()
     errors = []
     for center in (None, ffn.center):
         contributions = expert_contributions(hidden, weight, ffn.num_experts, center)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from prunepath import ops
+from prunepath.errors import PrunePathError
 from prunepath.nn.router import Router
 from prunepath.nn.thresholds import check_fraction
 from prunepath.ops.reference import ACTIVATIONS
@@ -19,28 +20,64 @@ DECODE_TOKENS = 64
 
 @dataclasses.dataclass(frozen=True)
 class FFNLayout:
-    """The names of an FFN's projections on the module that owns them, and its activation.
+    """The names of an FFN's parts on the module that owns them, and its activation.
+
+    A name may be dotted, for a part that lives in a child of that module.
 
     Args:
-        up: the `nn.Linear` from H to D.
-        down: the `nn.Linear` from D to H.
-        gate: the `nn.Linear` from H to D whose activation gates `up`; None for an ungated FFN, act(up(x)).
+        up: the projection from H to D.
+        down: the projection from D to H.
+        gate: the projection from H to D whose activation gates `up`; None for an ungated FFN, act(up(x)). The same name
+            as `up` means one matrix of both, the gate's D rows first.
         activation: `relu`, `gelu`, `gelu_tanh`, `silu` or `relu2`.
+        transposed: the weights are stored [in, out], as those of transformers' `Conv1D` are, and not [out, in].
+        dropout: the dropout between activation and `down`, if there is one.
+        output_dropout: the dropout after `down`, if the owner has one.
     """
 
     up: str
     down: str
     activation: str
     gate: str | None = None
+    transposed: bool = False
+    dropout: str | None = None
+    output_dropout: str | None = None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether gate and up are one matrix."""
+        return self.gate == self.up
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The projections that read x, in the order in which a neuron's weights are packed."""
-        return (self.up,) if self.gate is None else (self.gate, self.up)
+        """The projections that read x."""
+        return (self.up,) if self.gate is None or self.is_fused else (self.gate, self.up)
 
     @property
     def projections(self) -> tuple[str, ...]:
         return (*self.inputs, self.down)
+
+    def sizes(self, owner: nn.Module) -> tuple[int, int]:
+        """(H, D) of the FFN whose parts are on `owner`.
+
+        Raises:
+            PrunePathError: if a projection is missing, or their shapes do not fit together.
+        """
+        try:
+            shapes = [tuple(owner.get_submodule(name).weight.shape) for name in self.projections]
+        except AttributeError as error:
+            raise PrunePathError(
+                f"Expected a {type(owner).__name__} with the projections {', '.join(self.projections)}, but: {error}."
+            ) from error
+        *inputs, down = [shape[::-1] for shape in shapes] if self.transposed else shapes
+        hidden_size, intermediate_size = down if len(down) == 2 else (0, 0)
+        rows = 2 * intermediate_size if self.is_fused else intermediate_size
+        if hidden_size * intermediate_size == 0 or any(shape != (rows, hidden_size) for shape in inputs):
+            raise PrunePathError(
+                f"Expected the projections {', '.join(self.projections)} of a {type(owner).__name__} to lead from H to "
+                f"D and back, got weights of the shapes {', '.join(str(list(shape)) for shape in shapes)}."
+            )
+        return hidden_size, intermediate_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +89,18 @@ class _Packed:
     b_in: torch.Tensor | None
     b_out: torch.Tensor | None
     center: torch.Tensor | None
-    linears: tuple[nn.Linear, ...]
+    linears: tuple[nn.Module, ...]
     fingerprint: tuple[tuple[int, int], ...]
 
 
 class PlainLinear(nn.Linear):
     """Marks subclasses of `nn.Linear` whose weights mean what a linear's do, so that they may be packed."""
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the weight and the bias of a projection are all there is to it."""
+    kind = type(module)
+    return kind is nn.Linear or issubclass(kind, PlainLinear) or kind.__name__ == "Conv1D"  # transformers' class
 
 
 class SparseFFN(nn.Module):
@@ -66,10 +109,11 @@ class SparseFFN(nn.Module):
     Neurons are ordered so that expert i is neurons i·n to (i + 1)·n. The projections keep their names, shapes and
     modules, so checkpoints, optimisers and adapters see an ordinary FFN; `pack` lays their storage out expert by
     expert and leaves the parameters as views of it, so the weights exist once. Taking a state dict undoes that until
-    the next inference call.
+    the next inference call. Gate and up in one matrix stay as they are, for the kernels read them there.
 
     Inference on few tokens is one `routed_ffn` call. With gradients enabled, for more than `DECODE_TOKENS` tokens, or
-    when a projection is no plain `nn.Linear` (a LoRA layer, say), the FFN is computed densely and masked, in autograd.
+    when a projection is no plain linear (a LoRA layer, say) or of another dtype than the rest (T5's `wo` in float16
+    models), the FFN is computed densely and masked, in autograd.
 
     Three hooks, None unless set: `observe_input(ffn, x)`, `observe_counts(ffn, counts)`, and `select(ffn, x, hidden)`,
     which replaces the router's choice by a mask [T, E], and keeps the FFN to the masked dense computation. They see
@@ -82,7 +126,7 @@ class SparseFFN(nn.Module):
         center: hold a mean activation for each neuron (`center`, [D]), which a skipped neuron contributes.
         min_experts, max_experts: bounds on a token's experts; `max_experts` 0 means all.
         backend: see `prunepath.ops.resolve_backend`.
-        adopt: register the projections here, under their names, because this module replaces `dense`; False leaves
+        adopt: register the layout's parts here, under their names, because this module replaces `dense`; False leaves
             them with `dense`.
     """
 
@@ -99,10 +143,8 @@ class SparseFFN(nn.Module):
         adopt: bool = True,
     ) -> None:
         super().__init__()
-        up = getattr(dense, layout.up)
         self.layout = layout
-        self.hidden_size: int = up.in_features
-        self.intermediate_size: int = up.out_features
+        self.hidden_size, self.intermediate_size = layout.sizes(dense)
         self.num_experts = num_experts
         self.expert_width = self.intermediate_size // num_experts
         self.min_experts = min_experts
@@ -113,11 +155,19 @@ class SparseFFN(nn.Module):
         self.select: Callable[[SparseFFN, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self.padding_mask: torch.Tensor | None = None
         if adopt:
-            for name in layout.projections:
-                self.add_module(name, getattr(dense, name))
-        self._owner = (self if adopt else dense,)  # a tuple, so that the owner does not become a submodule
-        self._owner[0].register_state_dict_pre_hook(self._unpack)
-        factory = {"device": up.weight.device, "dtype": up.weight.dtype}
+            for name in (*layout.projections, layout.dropout, layout.output_dropout):
+                if name is not None:
+                    child = name.partition(".")[0]
+                    self.add_module(child, dense._modules[child])
+        owner = self if adopt else dense
+        # Where each projection is. The tuples keep its parent from becoming a submodule of this one.
+        self._places: dict[str, tuple[nn.Module, str]] = {}
+        for name in layout.projections:
+            parent, _, leaf = name.rpartition(".")
+            self._places[name] = (owner.get_submodule(parent), leaf)
+        owner.register_state_dict_pre_hook(self._unpack)
+        weight = self.projection(layout.up).weight
+        factory = {"device": weight.device, "dtype": weight.dtype}
         self.router = Router(self.hidden_size, num_experts, **factory)
         self.register_buffer("center", torch.zeros(self.intermediate_size, **factory) if center else None)
         self.register_buffer(
@@ -149,14 +199,52 @@ class SparseFFN(nn.Module):
             self._threshold = torch.tensor(value, dtype=torch.float32, device=device)
 
     def projection(self, name: str) -> nn.Module:
-        return self._owner[0]._modules[name]
+        parent, leaf = self._places[name]
+        return parent._modules[leaf]
+
+    def input_weights(self) -> list[torch.Tensor]:
+        """The weights that read x, each [D, H]: (gate, up) or (up,). Views of the parameters, whatever their layout."""
+        matrices = [self._matrix(name) for name in self.layout.inputs]
+        return list(matrices[0].chunk(2)) if self.layout.is_fused else matrices
+
+    def input_biases(self) -> list[torch.Tensor | None]:
+        """The biases of `input_weights`, each [D] or None; views too."""
+        biases = [self.projection(name).bias for name in self.layout.inputs]
+        if self.layout.is_fused:
+            return [None, None] if biases[0] is None else list(biases[0].chunk(2))
+        return biases
+
+    def down_weight(self) -> torch.Tensor:
+        """W_down [H, D], a view of the parameter."""
+        return self._matrix(self.layout.down)
+
+    def _matrix(self, name: str) -> torch.Tensor:
+        weight = self.projection(name).weight
+        return weight.t() if self.layout.transposed else weight
+
+    def _store(self, name: str, matrix: torch.Tensor) -> None:
+        """Makes `matrix` [out, in] the storage of a projection's weight."""
+        self.projection(name).weight.data = matrix.t() if self.layout.transposed else matrix
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
         """Neuron activations h [T, D] of x [T, H], in x's dtype."""
-        act = ACTIVATIONS[self.layout.activation]
-        if self.layout.gate is None:
-            return act(self.projection(self.layout.up)(x))
-        return act(self.projection(self.layout.gate)(x)) * self.projection(self.layout.up)(x)
+        layout = self.layout
+        act = ACTIVATIONS[layout.activation]
+        up = self.projection(layout.up)(x)
+        if layout.gate is None:
+            return act(up)
+        gate, up = up.chunk(2, dim=-1) if layout.is_fused else (self.projection(layout.gate)(x), up)
+        return act(gate) * up
+
+    def down(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The output [T, H] of masked activations [T, D], with the FFN's own dropout before the projection."""
+        if self.layout.dropout is not None:
+            hidden = self.get_submodule(self.layout.dropout)(hidden)
+        projection = self.projection(self.layout.down)
+        dtype = projection.weight.dtype
+        if hidden.dtype != dtype and dtype.is_floating_point and not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(dtype)  # T5 keeps `wo` in float32 when the rest of the model is float16
+        return projection(hidden)
 
     def valid_tokens(self, num_tokens: int) -> torch.Tensor | None:
         """Which of the current call's T tokens are no padding: bool [T]; None if all are, or nobody said."""
@@ -202,7 +290,7 @@ class SparseFFN(nn.Module):
         return mask
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """FFN output of `hidden_states` [..., H], same shape and dtype."""
+        """FFN output of `hidden_states` [..., H], same shape; its dtype is the down projection's."""
         x = hidden_states.reshape(-1, self.hidden_size)
         if self.observe_input is not None:
             self.observe_input(self, x)
@@ -210,12 +298,16 @@ class SparseFFN(nn.Module):
             y = self.run_active_experts(x)
         else:
             hidden = self.hidden(x)
-            y = self.projection(self.layout.down)(self.skip(hidden, self.mask(x, hidden)))
+            y = self.down(self.skip(hidden, self.mask(x, hidden)))
+        if self.layout.output_dropout is not None:
+            y = self.get_submodule(self.layout.output_dropout)(y)
         return y.view(hidden_states.shape)
 
     def reads_active_experts(self, x: torch.Tensor) -> bool:
         """Whether x [T, H] is served by the kernels, which read the active experts alone."""
         if self.select is not None or len(x) > DECODE_TOKENS or torch.is_grad_enabled():
+            return False
+        if self.layout.dropout is not None and self.training:
             return False
         return self._pack_if_stale()
 
@@ -248,14 +340,14 @@ class SparseFFN(nn.Module):
         """Makes the packed weights agree with the projections; False where they cannot be packed."""
         packed = self._packed
         if packed is not None:
-            modules = self._owner[0]._modules
-            if all(modules[name] is i for name, i in zip(self.layout.projections, packed.linears, strict=True)) and (
+            projections = zip(self.layout.projections, packed.linears, strict=True)
+            if all(self.projection(name) is linear for name, linear in projections) and (
                 torch.compiler.is_compiling() or packed.fingerprint == self._fingerprint(packed.linears)
             ):
                 return True
         return not torch.compiler.is_compiling() and self.pack()
 
-    def _fingerprint(self, linears: tuple[nn.Linear, ...]) -> tuple[tuple[int, int], ...]:
+    def _fingerprint(self, linears: tuple[nn.Module, ...]) -> tuple[tuple[int, int], ...]:
         """Changes when a weight, a bias or the centre is replaced, or written to by an autograd-visible operation."""
         tensors = [linear.weight for linear in linears]
         tensors += [linear.bias for linear in linears if linear.bias is not None]
@@ -267,37 +359,43 @@ class SparseFFN(nn.Module):
         """Stores the weights expert by expert and makes the projections' parameters views of that storage.
 
         Returns:
-            False, with nothing packed, if a projection is no plain `nn.Linear` or has no data yet.
+            False, with nothing packed, if a projection is no plain linear, has another dtype than the rest, or has no
+            data yet.
         """
         linears = tuple(self.projection(name) for name in self.layout.projections)
-        plain = all(type(linear) is nn.Linear or isinstance(linear, PlainLinear) for linear in linears)
-        if not plain or any(linear.weight.device.type == "meta" for linear in linears):
+        kinds = {(linear.weight.device.type, linear.weight.dtype) for linear in linears}
+        if not all(map(_is_plain, linears)) or len(kinds) > 1 or linears[0].weight.device.type == "meta":
             self._unpack()
             return False
         with torch.no_grad():
             self._packed = self._pack(linears)
         return True
 
-    def _pack(self, linears: tuple[nn.Linear, ...]) -> _Packed:
-        *inputs, down = linears
-        pack_experts = ops.reference.pack_experts if self._backend().name == "reference" else ops.pack_experts
-        w_in, w_out = pack_experts(
-            inputs[0].weight if len(inputs) == 2 else None, inputs[-1].weight, down.weight, self.num_experts
-        )
-        neurons, width = self.intermediate_size, len(inputs)
-        for g, linear in enumerate(inputs):
-            linear.weight.data = w_in.view(neurons, width, self.hidden_size)[:, g]
-        down.weight.data = w_out.view(neurons, self.hidden_size).t()
+    def _pack(self, linears: tuple[nn.Module, ...]) -> _Packed:
+        layout, hidden_size = self.layout, self.hidden_size
         shape = (self.num_experts, self.expert_width)
+        if layout.is_fused:
+            both = self._matrix(layout.up).data.contiguous()
+            self._store(layout.up, both)
+            w_in = both.view(2, *shape, hidden_size).permute(1, 2, 0, 3)
+            w_out = self.down_weight().data.t().contiguous().view(*shape, hidden_size)
+        else:
+            pack_experts = ops.reference.pack_experts if self._backend().name == "reference" else ops.pack_experts
+            *gate, up = self.input_weights()
+            w_in, w_out = pack_experts(gate[0] if gate else None, up, self.down_weight(), self.num_experts)
+            for g, name in enumerate(layout.inputs):
+                self._store(name, w_in.flatten(0, 1)[:, g])
+        self._store(layout.down, w_out.flatten(0, 1).t())
         b_in = b_out = center = None
-        if any(linear.bias is not None for linear in inputs):
-            biases = [torch.zeros_like(w_out[..., 0]).flatten() if i.bias is None else i.bias for i in inputs]
-            b_in = torch.stack([bias.float() for bias in biases], dim=-1).view(*shape, width)
-        if down.bias is not None:
-            b_out = down.bias.detach().float()
+        biases = self.input_biases()
+        if any(bias is not None for bias in biases):
+            biases = [torch.zeros_like(w_out[..., 0]).flatten() if bias is None else bias for bias in biases]
+            b_in = torch.stack([bias.float() for bias in biases], dim=-1).view(*shape, len(biases))
+        if linears[-1].bias is not None:
+            b_out = linears[-1].bias.detach().float()
         if self.center is not None:
             center = self.center.float().view(shape)
-            mean_output = self.center.float() @ w_out.view(neurons, self.hidden_size).float()
+            mean_output = self.center.float() @ w_out.flatten(0, 1).float()
             b_out = mean_output if b_out is None else b_out + mean_output
         return _Packed(w_in, w_out, b_in, b_out, center, linears, self._fingerprint(linears))
 
@@ -305,7 +403,7 @@ class SparseFFN(nn.Module):
         """Gives every weight storage of its own again: files cannot hold tensors that overlap in memory."""
         linears = [self.projection(name) for name in self.layout.projections]
         for linear in linears if self._packed is None else self._packed.linears:
-            if isinstance(linear, nn.Linear):
+            if _is_plain(linear):
                 linear.weight.data = linear.weight.data.contiguous()
         self._packed = None
 

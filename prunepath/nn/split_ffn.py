@@ -15,9 +15,9 @@ class SplitFFN(SparseFFN):
     computes all neurons, of which `act` masks the skipped ones. Both `up` and `down` stay linears under their names.
 
     Args:
-        owner: the module, say a decoder layer, that calls the projections.
+        owner: the module, say a decoder layer, that calls the projections, or whose children do.
         layout: their names; ungated.
-        activation: the name of the activation module on `owner`.
+        activation: the name of the activation module on `owner`, dotted if a child has it.
         num_experts, options: as for `SparseFFN`.
     """
 
@@ -27,10 +27,11 @@ class SplitFFN(SparseFFN):
         self._done = False
         self._alone = False
         for name, kind in ((layout.up, _Up), (layout.down, _Down)):
-            linear = owner._modules[name]
+            linear = owner.get_submodule(name)
             linear.__class__ = kind
             linear._ffn = (self,)  # a tuple, so that the FFN does not become a submodule of its projection
-        setattr(owner, activation, _Activation(self, owner._modules[activation]))
+        parent, _, leaf = activation.rpartition(".")
+        setattr(owner.get_submodule(parent), leaf, _Activation(self, owner.get_submodule(activation)))
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
         self._alone = True

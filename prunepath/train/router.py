@@ -48,7 +48,7 @@ class RouterTraining:
     def observe(self, ffn: SparseFFN, x: torch.Tensor) -> None:
         """An `observe_input` hook: x [T, H] becomes T / 256 optimiser steps."""
         with torch.no_grad():
-            down = ffn.projection(ffn.layout.down).weight
+            down = ffn.down_weight()
             target = router_target(expert_contributions(ffn.hidden(x), down, ffn.num_experts, ffn.center))
             inputs = (x.float() - self.mean) / self.std
         for batch, share in zip(inputs.split(_MINIBATCH), target.split(_MINIBATCH), strict=True):

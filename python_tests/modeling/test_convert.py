@@ -177,10 +177,10 @@ def test_num_experts_must_divide_the_width(llama, token_texts, small_config):
 
 
 def test_a_model_without_supported_ffns_is_named(token_texts, small_config):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import BloomConfig, BloomForCausalLM
 
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=97))
-    with pytest.raises(prunepath.PrunePathError, match=r"LlamaMLP.*OPTDecoderLayer.*GPT2LMHeadModel"):
+    model = BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=8, n_head=1, vocab_size=97))
+    with pytest.raises(prunepath.PrunePathError, match=r"LlamaMLP.*OPTDecoderLayer.*BloomForCausalLM"):
         prunepath.convert(model, None, token_texts, small_config)
 
 

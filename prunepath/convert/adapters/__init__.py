@@ -1,15 +1,25 @@
 """What PrunePath knows about each model family's FFN: one small file a family."""
 
-from prunepath.convert.adapters import gated_mlp, opt
+from prunepath.convert.adapters import bert, gated_mlp, gpt2, gpt_neox, opt, phi3, t5
 from prunepath.convert.adapters.base import (
     FFNAdapter,
     FFNSite,
+    activation_name,
     find_ffns,
     register_adapter,
     supported_classes,
 )
 
-register_adapter(gated_mlp.GatedMLP())
-register_adapter(opt.OPT())
+for adapter in (
+    gated_mlp.GatedMLP(),
+    phi3.Phi3(),
+    opt.OPT(),
+    gpt2.GPT2(),
+    gpt_neox.GPTNeoX(),
+    bert.BERT(),
+    t5.T5(),
+    t5.GatedT5(),
+):
+    register_adapter(adapter)
 
-__all__ = ["FFNAdapter", "FFNSite", "find_ffns", "register_adapter", "supported_classes"]
+__all__ = ["FFNAdapter", "FFNSite", "activation_name", "find_ffns", "register_adapter", "supported_classes"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import re
 
 from torch import nn
 
 from prunepath.errors import PrunePathError
-from prunepath.nn import FFNLayout, SparseFFN
+from prunepath.nn import FFNLayout, SparseFFN, SplitFFN
 
 # transformers' activation modules by class name, since configurations spell the same function in several ways.
 _ACTIVATION_CLASSES = {
@@ -19,10 +20,14 @@ _ACTIVATION_CLASSES = {
     "GELUActivation": "gelu",
     "NewGELUActivation": "gelu_tanh",
     "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
     "GELUTanh": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh",
     "ReLUSquaredActivation": "relu2",
 }
+
+# What transformers calls the modules of mixture-of-experts models.
+_MIXTURE = re.compile(r"Moe|MoE|Experts|SparseMLP")
 
 
 def activation_name(module: nn.Module) -> str:
@@ -55,21 +60,28 @@ class FFNAdapter(abc.ABC):
     classes: tuple[str, ...]
     """Names of the module classes, or of bases of theirs, that own an FFN's projections."""
 
+    split_by: str | None = None
+    """Where the FFN is no module of its own, so that the owner stays: the dotted name on it of the activation module,
+    which is called between `up` and `down`. Such an FFN has no gate."""
+
     @abc.abstractmethod
     def layout(self, module: nn.Module) -> FFNLayout:
         """The projections of `module` and its activation."""
 
     def path(self, owner: str) -> str:
-        """Where the SparseFFN of the module at the dotted path `owner` lives: there, unless the owner does more."""
-        return owner
+        """Where the SparseFFN of the module at the dotted path `owner` lives: in its place, or as its child `mlp`."""
+        return owner if self.split_by is None else f"{owner}.mlp"
 
     def install(self, parent: nn.Module, name: str, num_experts: int, **options) -> SparseFFN:
-        """Replaces the child `name` of `parent` by a SparseFFN with the same projections, and returns it."""
+        """Makes the FFN of the child `name` of `parent` a SparseFFN with the same projections, and returns it."""
         module = parent._modules[name]
-        ffn = SparseFFN(module, self.layout(module), num_experts, **options)
-        ffn.train(module.training)
-        setattr(parent, name, ffn)
-        return ffn
+        if self.split_by is None:
+            ffn = SparseFFN(module, self.layout(module), num_experts, **options)
+            setattr(parent, name, ffn)
+        else:
+            ffn = SplitFFN(module, self.layout(module), self.split_by, num_experts, **options)
+            module.mlp = ffn
+        return ffn.train(module.training)
 
 
 _adapters: dict[str, FFNAdapter] = {}
@@ -93,12 +105,8 @@ class FFNSite:
     parent: nn.Module
     name: str
     path: str
-    layout: FFNLayout
+    intermediate_size: int
     adapter: FFNAdapter
-
-    @property
-    def intermediate_size(self) -> int:
-        return getattr(self.parent._modules[self.name], self.layout.up).out_features
 
     def install(self, num_experts: int, **options) -> SparseFFN:
         return self.adapter.install(self.parent, self.name, num_experts, **options)
@@ -108,7 +116,8 @@ def find_ffns(model: nn.Module) -> list[FFNSite]:
     """The model's dense FFNs, in the order of its modules.
 
     Raises:
-        PrunePathError: if there is none, naming the model's class and the supported ones.
+        PrunePathError: if there is none, naming the model's class and the supported ones, or if one is not what its
+            adapter says.
     """
     sites = []
     for path, module in model.named_modules():
@@ -116,8 +125,15 @@ def find_ffns(model: nn.Module) -> list[FFNSite]:
         if adapter is not None and path:
             parent_path, _, name = path.rpartition(".")
             parent = model.get_submodule(parent_path)
-            sites.append(FFNSite(parent, name, adapter.path(path), adapter.layout(module), adapter))
+            _, intermediate_size = adapter.layout(module).sizes(module)
+            sites.append(FFNSite(parent, name, adapter.path(path), intermediate_size, adapter))
     if not sites:
+        mixture = next((type(m).__name__ for m in model.modules() if _MIXTURE.search(type(m).__name__)), None)
+        if mixture is not None:
+            raise PrunePathError(
+                f"Expected a model with dense FFNs, got {type(model).__name__}, whose FFNs are mixtures of experts "
+                f"already ({mixture})."
+            )
         raise PrunePathError(
             f"Expected a model with FFNs of one of the classes {', '.join(supported_classes())}, got "
             f"{type(model).__name__}, which has none."
