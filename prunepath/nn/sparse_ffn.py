@@ -236,7 +236,7 @@ class SparseFFN(nn.Module):
         gate, up = up.chunk(2, dim=-1) if layout.is_fused else (self.projection(layout.gate)(x), up)
         return act(gate) * up
 
-    def down(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output [T, H] of masked activations [T, D], with the FFN's own dropout before the projection."""
         if self.layout.dropout is not None:
             hidden = self.get_submodule(self.layout.dropout)(hidden)
@@ -298,7 +298,7 @@ class SparseFFN(nn.Module):
             y = self.run_active_experts(x)
         else:
             hidden = self.hidden(x)
-            y = self.down(self.skip(hidden, self.mask(x, hidden)))
+            y = self._project(self.skip(hidden, self.mask(x, hidden)))
         if self.layout.output_dropout is not None:
             y = self.get_submodule(self.layout.output_dropout)(y)
         return y.view(hidden_states.shape)
