@@ -105,6 +105,7 @@ class FFNSite:
     parent: nn.Module
     name: str
     path: str
+    layout: FFNLayout
     intermediate_size: int
     adapter: FFNAdapter
 
@@ -125,8 +126,9 @@ def find_ffns(model: nn.Module) -> list[FFNSite]:
         if adapter is not None and path:
             parent_path, _, name = path.rpartition(".")
             parent = model.get_submodule(parent_path)
-            _, intermediate_size = adapter.layout(module).sizes(module)
-            sites.append(FFNSite(parent, name, adapter.path(path), intermediate_size, adapter))
+            layout = adapter.layout(module)
+            _, intermediate_size = layout.sizes(module)
+            sites.append(FFNSite(parent, name, adapter.path(path), layout, intermediate_size, adapter))
     if not sites:
         mixture = next((type(m).__name__ for m in model.modules() if _MIXTURE.search(type(m).__name__)), None)
         if mixture is not None:
