@@ -1,0 +1,170 @@
+"""Any-budget fine-tuning with `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from prunepath.errors import PrunePathError
+from prunepath.nn import SparseFFN
+from prunepath.train.any_budget import AnyBudget, AnyBudgetConfig, distillation_loss
+
+ROUTER_RATE = 3.0
+"""The routers' learning rate over the backbone's, where nothing else is said."""
+
+
+def is_router(name: str) -> bool:
+    """Whether a parameter of this dotted name belongs to a router."""
+    return "router" in name.split(".")
+
+
+def dense_teacher(model: nn.Module) -> nn.Module:
+    """A frozen copy of a sparse model that runs all experts."""
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in teacher.modules():
+        if isinstance(module, SparseFFN):
+            module.threshold = 1.0
+            module.select = module.observe_counts = module.observe_input = None
+    return teacher
+
+
+class AnyBudgetTrainer(Trainer):
+    """A Trainer whose every step runs a sparse model at a budget drawn at random (`AnyBudget`).
+
+    Loss: the model's own, plus `distillation_weight` times the divergence from the dense teacher's output, plus
+    `router_weight` times the routers' divergence from their experts' contributions. Works under `accelerate` on several
+    processes, all of which draw the same budgets. After training, budgets need new thresholds: `prunepath.calibrate`.
+
+    Args:
+        model: a sparse model.
+        teacher: the dense model, with the same vocabulary; None takes a frozen copy of `model` with all its experts.
+        any_budget: see `AnyBudgetConfig`.
+        distillation_weight: 0 uses no teacher.
+        router_weight: of the routers' loss.
+        router_learning_rate: None is `ROUTER_RATE` times the learning rate of the arguments.
+        args, keywords: as for `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments | None = None,
+        *,
+        teacher: nn.Module | None = None,
+        any_budget: AnyBudgetConfig | None = None,
+        distillation_weight: float = 1.0,
+        router_weight: float = 1.0,
+        router_learning_rate: float | None = None,
+        **keywords: Any,
+    ) -> None:
+        args = TrainingArguments() if args is None else args
+        # Every parameter gets a gradient in every step, though the routers get none from the model's own output.
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        super().__init__(model, args, **keywords)
+        # The loss is then a mean over each micro-batch, as the two other terms are.
+        self.model_accepts_loss_kwargs = False
+        self.any_budget = AnyBudget(model, any_budget, seed=self.args.seed)
+        self.distillation_weight = distillation_weight
+        self.router_weight = router_weight
+        self.router_learning_rate = router_learning_rate
+        self.teacher = None
+        if distillation_weight:
+            teacher = dense_teacher(model) if teacher is None else teacher.eval().requires_grad_(False)
+            self.teacher = teacher.to(self.args.device)
+
+    def create_optimizer(self, *arguments: Any, **keywords: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            super().create_optimizer(*arguments, **keywords)
+            routers = {p for name, p in self.model.named_parameters() if is_router(name)}
+            rate = self.router_learning_rate or ROUTER_RATE * self.args.learning_rate
+            for group in list(self.optimizer.param_groups):
+                own = [p for p in group["params"] if p in routers]
+                if own:
+                    group["params"] = [p for p in group["params"] if p not in routers]
+                    self.optimizer.add_param_group({**group, "params": own, "lr": rate, "initial_lr": rate})
+            self.optimizer.param_groups[:] = [group for group in self.optimizer.param_groups if group["params"]]
+        return self.optimizer
+
+    def train(self, *arguments: Any, **keywords: Any):
+        self.model.train()  # unpacks the experts, before gradient buckets take over the weights' strides
+        with self.any_budget:
+            return super().train(*arguments, **keywords)
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **keywords: Any):
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, **keywords)
+        self.any_budget.draw()
+        loss, outputs = super().compute_loss(model, inputs, True, **keywords)
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_logits = self.teacher(**inputs).logits
+            loss = loss + self.distillation_weight * distillation_loss(
+                outputs.logits, teacher_logits, predicted_positions(self.teacher, inputs, outputs.logits)
+            )
+        loss = loss + self.router_weight * self.any_budget.router_loss()
+        return (loss, outputs) if return_outputs else loss
+
+
+def predicted_positions(model: nn.Module, inputs: dict, logits: torch.Tensor) -> torch.Tensor | None:
+    """Which of the logits [B, S, V] the labels score: bool [B, S]; None for all, or for logits [B, V]."""
+    labels = inputs.get("labels")
+    if labels is None or logits.dim() != 3 or labels.shape != logits.shape[:2]:
+        return None
+    scored = labels != -100
+    if getattr(model.config, "is_encoder_decoder", False) or not _predicts_next(model):
+        return scored
+    return torch.cat([scored[:, 1:], torch.zeros_like(scored[:, :1])], dim=1)  # logits i predict label i + 1
+
+
+def _predicts_next(model: nn.Module) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+class AnyBudgetCallback(TrainerCallback):
+    """Any-budget training of a sparse model in any other Trainer, on one process: budgets and routers, no distillation.
+
+    The routers' loss has its own backward pass after the Trainer's.
+
+    Args:
+        model: the sparse model that the Trainer trains.
+        config: see `AnyBudgetConfig`.
+        router_weight: of the routers' loss.
+        seed: of the drawn budgets.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: AnyBudgetConfig | None = None, *, router_weight: float = 1.0, seed: int = 0
+    ) -> None:
+        self.any_budget = AnyBudget(model, config, seed=seed)
+        self.router_weight = router_weight
+
+    def on_train_begin(self, args, state, control, **_: Any) -> None:
+        if args.world_size > 1 or args.fp16:
+            raise PrunePathError(
+                "Expected one process and no fp16 loss scaling with AnyBudgetCallback; for those there "
+                "is AnyBudgetTrainer."
+            )
+        self.any_budget.attach()
+
+    def on_step_begin(self, args, state, control, **_: Any) -> None:
+        self.any_budget.draw()
+
+    def on_substep_end(self, args, state, control, **_: Any) -> None:
+        self._train_routers(args)
+        self.any_budget.draw()
+
+    def on_pre_optimizer_step(self, args, state, control, **_: Any) -> None:
+        self._train_routers(args)
+
+    def on_train_end(self, args, state, control, **_: Any) -> None:
+        self.any_budget.detach()
+
+    def _train_routers(self, args) -> None:
+        (self.any_budget.router_loss() * (self.router_weight / args.gradient_accumulation_steps)).backward()
