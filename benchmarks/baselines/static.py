@@ -66,7 +66,7 @@ def keep_neurons(owner: nn.Module, layout: FFNLayout, kept: torch.Tensor) -> Non
         PrunePathError: for a projection that is no `nn.Linear`.
     """
     for name in layout.projections:
-        linear = getattr(owner, name)
+        linear = owner.get_submodule(name)
         if not isinstance(linear, nn.Linear):
             raise PrunePathError(f"Expected {name} to be an nn.Linear that can be sliced, got {type(linear).__name__}.")
         if name == layout.down:
@@ -111,7 +111,7 @@ class StaticPruning(Method):
         for site, mask, stats in zip(find_ffns(self.model), kept, statistics, strict=True):
             owner = site.parent._modules[site.name]
             if self.compensate:
-                down = getattr(owner, site.layout.down)
+                down = owner.get_submodule(site.layout.down)
                 missing = (stats.down @ (stats.mean * ~mask)).to(down.weight.dtype)
                 if down.bias is None:
                     down.bias = nn.Parameter(missing, requires_grad=down.weight.requires_grad)

@@ -155,6 +155,22 @@ def test_dense_at_threshold_1_on_both_paths(family):
         assert relative_error(output(sparse), few) < 1e-6
 
 
+@torch.no_grad()
+def test_converts(family, token_texts, small_config, tmp_path):
+    dense = make_dense(family)
+    sparse = prunepath.convert(copy.deepcopy(dense), None, token_texts, small_config)
+    assert relative_error(output(sparse), output(dense)) < 1e-6
+    assert relative_error(output(sparse, 100), output(dense, 100)) < 1e-6
+    prunepath.set_budget(sparse, 0.5)
+    with prunepath.record_counts(sparse) as record:
+        for seed in range(8):
+            sparse(**inputs(sparse, 100, seed))
+    assert abs(record.active_fraction - 0.5) < 0.07
+    sparse.save_pretrained(tmp_path)
+    loaded = getattr(transformers, FAMILIES[family][3]).from_pretrained(tmp_path)
+    assert torch.equal(output(loaded), output(sparse))
+
+
 def test_kernels_and_autograd_skip_the_same_experts(family):
     sparse = make_sparse(make_dense(family))
     with torch.no_grad():
