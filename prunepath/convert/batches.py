@@ -127,7 +127,7 @@ def _from_windows(model: nn.Module, tokenizer: Any | None, windows: torch.Tensor
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         half = windows.shape[1] // 2
-        return {"input_ids": windows[:, :half], "labels": windows[:, half:]}
+        return {"input_ids": windows[:, :half], "labels": windows[:, half:].contiguous()}  # T5 views its labels
     if name in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         masked = torch.rand(windows.shape, generator=generator) < _MASKED_SHARE
         mask_id = getattr(tokenizer, "mask_token_id", None)
