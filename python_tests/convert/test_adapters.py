@@ -1,4 +1,7 @@
-"""A user's own FFN class becomes sparse by registering a description of it."""
+"""A user's own FFN class becomes sparse by registering a description of it, as docs/adapters.md shows."""
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,30 +10,20 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 import prunepath
-from prunepath.convert.adapters.base import activation_name
+from prunepath.convert.adapters import activation_name, base
 
 
 class ToyConfig(PretrainedConfig):
     model_type = "prunepath-test-toy"
 
 
-class ToyFeedForward(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc_in = nn.Linear(16, 48)
-        self.fc_out = nn.Linear(48, 16)
-
-    def forward(self, x):
-        return self.fc_out(nn.functional.gelu(self.fc_in(x)))
-
-
 class ToyModel(PreTrainedModel):
     config_class = ToyConfig
 
-    def __init__(self, config):
+    def __init__(self, config, ffn):
         super().__init__(config)
         self.embed = nn.Embedding(50, 16)
-        self.ffn = ToyFeedForward()
+        self.ffn = ffn
         self.head = nn.Linear(16, 50)
         self.post_init()
 
@@ -39,16 +32,21 @@ class ToyModel(PreTrainedModel):
         return self.head(x + self.ffn(x))
 
 
-class ToyAdapter(prunepath.FFNAdapter):
-    classes = ("ToyFeedForward",)
+@pytest.fixture
+def examples(monkeypatch):
+    """The documentation's Python code, block by block, and a namespace to run it in."""
+    monkeypatch.setattr(base, "_adapters", dict(base._adapters))
+    text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE), {}
 
-    def layout(self, module):
-        return prunepath.FFNLayout(up="fc_in", down="fc_out", activation="gelu")
 
-
-def test_a_registered_class_converts():
+@pytest.mark.parametrize("name", ["MyFeedForward", "MyLayer"])
+def test_the_documented_examples_convert(examples, name):
+    blocks, namespace = examples
+    classes, registrations = zip(*(block.split("prunepath.register_adapter", 1) for block in blocks), strict=True)
+    exec("\n".join(classes), namespace)
     torch.manual_seed(0)
-    model = ToyModel(ToyConfig()).eval()
+    model = ToyModel(ToyConfig(), namespace[name]()).eval()
     with torch.no_grad():
         model.embed.weight.normal_()
     ids = torch.randint(0, 50, (2, 9))
@@ -60,7 +58,8 @@ def test_a_registered_class_converts():
         expected = model(ids)
         with pytest.raises(prunepath.PrunePathError, match="got ToyModel"):
             prunepath.convert(model, None, texts, config)
-        prunepath.register_adapter(ToyAdapter())
+        for registration in registrations:
+            exec(f"prunepath.register_adapter{registration}", namespace)
         prunepath.convert(model, None, texts, config)
         torch.testing.assert_close(model(ids), expected)
         prunepath.set_budget(model, 0.5)
@@ -77,6 +76,8 @@ def test_a_registered_class_converts():
         ("swish", "silu"),
         ("gelu", "gelu"),
         ("gelu_new", "gelu_tanh"),
+        ("gelu_fast", "gelu_tanh"),
+        ("gelu_accurate", "gelu_tanh"),
         ("gelu_pytorch_tanh", "gelu_tanh"),
         ("relu2", "relu2"),
     ],
