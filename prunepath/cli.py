@@ -44,6 +44,7 @@ app = typer.Typer(
 
 Partition = Enum("Partition", {name: name for name in PARTITIONS}, type=str)
 BackendName = Enum("BackendName", {name: name for name in BACKENDS}, type=str)
+Backbone = Enum("Backbone", {name: name for name in ("full", "lora", "frozen")}, type=str)
 DType = Enum("DType", {name: name for name in ("auto", "float32", "bfloat16", "float16")}, type=str)
 
 _defaults = PrunePathConfig()
@@ -283,6 +284,69 @@ def generate(
 
 
 @app.command()
+def train(
+    model: Annotated[str, typer.Argument(metavar="SPARSE", help="Sparse checkpoint folder or hub name.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write the trained checkpoint to; new or empty.")
+    ],
+    data: DataOption,
+    text_column: TextColumnOption = "text",
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 500,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 16,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 512,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the backbone.")] = 3e-4,
+    router_learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate of the routers.", show_default="3 times the backbone's")
+    ] = None,
+    backbone: Annotated[
+        Backbone, typer.Option(help="What trains beside the routers: all weights, low-rank updates, or nothing.")
+    ] = Backbone.full,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the low-rank updates.")] = 16,
+    distill: Annotated[float, typer.Option(min=0, help="Weight of distillation from the teacher.")] = 1.0,
+    teacher: Annotated[
+        str | None, typer.Option(help="Dense model to learn from.", show_default="SPARSE with all its experts")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the data's order and the drawn budgets.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    dtype: DTypeOption = DType.float32,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune a sparse model at random budgets, so that one checkpoint serves all of them, and write OUT."""
+    from prunepath.finetune import FineTuning, finetune
+    from prunepath.modeling import check_output_folder
+
+    config = FineTuning(
+        steps=steps,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        learning_rate=learning_rate,
+        router_learning_rate=router_learning_rate,
+        backbone=backbone.value,
+        lora_rank=lora_rank,
+        distillation_weight=distill,
+        seed=seed,
+    )
+    out = check_output_folder(out)
+    texts = _texts(data, text_column)
+    with _results(as_json) as results:
+        prunepath = _import_prunepath()
+        loaded, tokenizer = _load(prunepath, model, dtype, device)
+        if not prunepath.is_sparse(loaded):
+            raise PrunePathError(f"Expected a sparse checkpoint to fine-tune, but {model} is dense: convert it first.")
+        dense = None if teacher is None else _load(prunepath, teacher, dtype, device)[0]
+        folder = out.absolute().parent / f".{out.name}.training"
+        trained, rows = finetune(
+            loaded, tokenizer, texts, config, folder=folder, teacher=dense, resume=resume, progress=True
+        )
+        prunepath.save(trained, tokenizer, out)
+        results.json({"model": model, "out": str(out), "rows": rows})
+        results.table(rows)
+        results.text(f"Wrote {out}.")
+        results.text(f"Try: prunepath eval {out} --data {data[0]}")
+
+
+@app.command()
 def info(
     out: Annotated[str | None, typer.Argument(metavar="[OUT]", help="Checkpoint folder to describe.")] = None,
     as_json: JsonOption = False,
@@ -354,8 +418,10 @@ class _Results:
             "bits_per_byte": ("bits/byte", "{:.4f}"),
             "tokens_per_second": ("sparse tok/s", "{:.1f}"),
             "dense_tokens_per_second": ("dense tok/s", "{:.1f}"),
+            "loss_before": ("loss before", "{:.4f}"),
+            "loss_after": ("after", "{:.4f}"),
         }
-        columns = {name: column for name, column in columns.items() if any(row[name] is not None for row in rows)}
+        columns = {name: column for name, column in columns.items() if any(row.get(name) is not None for row in rows)}
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fits in 80 columns
         for title, _ in columns.values():
             table.add_column(title, justify="right")

@@ -20,7 +20,7 @@ LAYERS = [
     ("prunepath.nn",),
     ("prunepath.convert", "prunepath.train"),
     ("prunepath.modeling",),
-    ("prunepath.integrations",),
+    ("prunepath.integrations", "prunepath.finetune"),
     ("prunepath",),
     ("prunepath.eval",),
     ("prunepath.demo",),

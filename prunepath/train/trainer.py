@@ -124,6 +124,7 @@ def predicted_positions(model: nn.Module, inputs: dict, logits: torch.Tensor) ->
 def _predicts_next(model: nn.Module) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # a peft model stands around it
     return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 

@@ -1,0 +1,234 @@
+"""Any-budget fine-tuning from texts: the whole recipe behind `prunepath train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunepath.convert.batches import mean_loss
+from prunepath.convert.tokens import sample_windows
+from prunepath.errors import PrunePathError
+from prunepath.modeling import calibrate, description_of, set_budget
+from prunepath.train.any_budget import AnyBudgetConfig
+
+BACKBONES = ("full", "lora", "frozen")
+REPORTED_BUDGETS = (1.0, 0.5, 0.25, 0.1)
+_HELD_OUT_TOKENS = 16384
+_SETTINGS = "settings.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """How a sparse model is fine-tuned.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: windows of a step.
+        sequence_length: tokens of a window.
+        learning_rate: peak of the backbone's learning rate (AdamW, warm-up over a twentieth, then cosine to zero).
+        router_learning_rate: the same of the routers; None is three times the backbone's.
+        backbone: `full` trains all weights; `lora` low-rank updates of the linears, merged at the end; `frozen` none.
+            Routers train in any case.
+        lora_rank: rank of those updates (LoRA, arXiv 2106.09685).
+        distillation_weight: of the divergence from the dense teacher; 0 uses none.
+        seed: of the data's order and the drawn budgets.
+        save_steps: an interrupted run goes on from the last multiple of this many steps.
+    """
+
+    steps: int = 500
+    batch_size: int = 16
+    sequence_length: int = 512
+    learning_rate: float = 3e-4
+    router_learning_rate: float | None = None
+    backbone: str = "full"
+    lora_rank: int = 16
+    distillation_weight: float = 1.0
+    seed: int = 0
+    save_steps: int = 100
+
+    def __post_init__(self) -> None:
+        if self.backbone not in BACKBONES:
+            raise PrunePathError(f"backbone must be one of {', '.join(BACKBONES)}, got {self.backbone!r}.")
+        for name in ("steps", "batch_size", "sequence_length", "lora_rank", "save_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PrunePathError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if self.learning_rate <= 0 or (self.router_learning_rate is not None and self.router_learning_rate <= 0):
+            raise PrunePathError("Learning rates must be greater than 0.")
+        if self.distillation_weight < 0:
+            raise PrunePathError(f"distillation_weight must be at least 0, got {self.distillation_weight!r}.")
+
+
+def finetune(
+    model: nn.Module,
+    tokenizer: Any | None,
+    texts: Iterable,
+    config: FineTuning | None = None,
+    *,
+    folder: str | os.PathLike,
+    any_budget: AnyBudgetConfig | None = None,
+    teacher: nn.Module | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Fine-tunes a sparse language model at budgets drawn at random, and calibrates its budgets anew.
+
+    Args:
+        model: a sparse model, on the device to work on; changed in place.
+        tokenizer: its tokenizer; None if `texts` are token ids.
+        texts: training data, as for `prunepath.convert`. Some of it is held out to calibrate and to report on.
+        config: see `FineTuning`.
+        folder: where the state of the training is kept; removed at the end.
+        any_budget: which budgets are drawn.
+        teacher: the dense model; None is `model` as it is now, with all its experts.
+        resume: go on with the interrupted run in `folder`, if there is one.
+        progress: show progress bars.
+
+    Returns:
+        The model, and for each budget of `REPORTED_BUDGETS` a dict of `budget`, `loss_before` and `loss_after`: mean
+        nats a token on held-out windows.
+
+    Raises:
+        PrunePathError: a dense model, too little data, a missing package, or another run's state in `folder`.
+    """
+    config = config or FineTuning()
+    sparsity = description_of(model).config
+    _check_packages(config)
+    folder = Path(folder)
+    wanted = config.steps * config.batch_size * config.sequence_length
+    held_out_tokens = _HELD_OUT_TOKENS + sparsity.calibration_tokens
+    windows = sample_windows(texts, tokenizer, config.sequence_length, wanted + held_out_tokens, config.seed)
+    length = windows.shape[1]
+    # Of little data, a quarter is held out for each.
+    report, calibration = (
+        max(1, min(tokens // length, len(windows) // 4)) for tokens in (_HELD_OUT_TOKENS, sparsity.calibration_tokens)
+    )
+    held_out, calibrating, training = windows.split([report, calibration, len(windows) - report - calibration])
+    _prepare_folder(folder, config, resume)
+
+    device = next(model.parameters()).device
+    rows = [{"input_ids": part.to(device), "labels": part.to(device)} for part in held_out.split(4)]
+    before = _losses(model, rows)
+    trained = _prepare_backbone(model, config)
+    _train(trained, training, config, folder, any_budget, teacher, progress)
+    if config.backbone == "lora":
+        model = trained.merge_and_unload()
+    model.requires_grad_(True).eval()
+    calibrate(model, None, list(calibrating), progress=progress)
+    after = _losses(model, rows)
+    shutil.rmtree(folder, ignore_errors=True)
+    return model, [
+        {"budget": budget, "loss_before": b, "loss_after": a}
+        for budget, b, a in zip(REPORTED_BUDGETS, before, after, strict=True)
+    ]
+
+
+def _check_packages(config: FineTuning) -> None:
+    for package in ("accelerate", *(("peft",) if config.backbone == "lora" else ())):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise PrunePathError(
+                f"Expected the package {package}, which fine-tuning needs, but it cannot be imported: "
+                "pip install 'prunepath[train]'."
+            ) from error
+
+
+def _prepare_folder(folder: Path, config: FineTuning, resume: bool) -> None:
+    """Makes `folder`, or checks that the run in it had the same settings."""
+    settings = json.dumps(dataclasses.asdict(config), indent=2)
+    written = folder / _SETTINGS
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        written.write_text(settings, encoding="utf-8")
+    elif not resume:
+        raise PrunePathError(f"There is an interrupted run in {folder}: go on with resume (--resume), or remove it.")
+    elif not written.is_file() or written.read_text(encoding="utf-8") != settings:
+        raise PrunePathError(f"Expected the settings of the interrupted run, which {written} tells, to go on with it.")
+
+
+def _prepare_backbone(model: nn.Module, config: FineTuning) -> nn.Module:
+    """The model to train, with gradients for what is to learn."""
+    if config.backbone == "full":
+        return model.requires_grad_(True)
+    if config.backbone == "frozen":
+        from prunepath.train.trainer import is_router
+
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_router(name))
+        return model
+    import peft
+
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=2 * config.lora_rank,
+            target_modules="all-linear",
+            exclude_modules=r".*\.router",
+            modules_to_save=["router"],
+        ),
+    )
+
+
+def _train(
+    model: nn.Module,
+    windows: torch.Tensor,
+    config: FineTuning,
+    folder: Path,
+    any_budget: AnyBudgetConfig | None,
+    teacher: nn.Module | None,
+    progress: bool,
+) -> None:
+    from transformers import TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from prunepath.train.trainer import AnyBudgetTrainer
+
+    trainer = AnyBudgetTrainer(
+        model,
+        TrainingArguments(
+            output_dir=str(folder),
+            max_steps=config.steps,
+            per_device_train_batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, config.steps // 20),
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            bf16=next(model.parameters()).device.type == "cuda",
+            use_cpu=next(model.parameters()).device.type == "cpu",
+            save_steps=config.save_steps,
+            save_total_limit=1,
+            report_to=[],
+            seed=config.seed,
+            disable_tqdm=not progress,
+        ),
+        train_dataset=[{"input_ids": row, "labels": row} for row in windows],
+        teacher=teacher,
+        any_budget=any_budget,
+        distillation_weight=config.distillation_weight,
+        router_learning_rate=config.router_learning_rate,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+
+
+def _losses(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> list[float]:
+    """Mean loss at each of `REPORTED_BUDGETS`; the model is dense afterwards."""
+    was_training = model.training
+    model.eval()
+    losses = []
+    for budget in REPORTED_BUDGETS:
+        set_budget(model, budget)
+        losses.append(mean_loss(model, batches))
+    set_budget(model, 1.0)
+    model.train(was_training)
+    return losses

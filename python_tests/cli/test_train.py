@@ -1,0 +1,72 @@
+"""`prunepath train`: fine-tunes a sparse checkpoint, goes on after an interruption, refuses what it cannot do."""
+
+import json
+
+import pytest
+import torch
+
+import prunepath
+from prunepath.finetune import FineTuning, finetune
+from prunepath.train.trainer import is_router
+
+OPTIONS = "--steps 4 --batch-size 2 --sequence-length 32".split()
+
+
+def parameters(folder) -> dict[str, torch.Tensor]:
+    model, _ = prunepath.load(folder)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("backbone", ["full", "lora", "frozen"])
+def test_train_writes_an_ordinary_checkpoint(prunepath_command, sparse_folder, corpus, tmp_path, backbone):
+    out = tmp_path / "trained"
+    result = prunepath_command(
+        "train", sparse_folder, out, "--data", corpus, *OPTIONS, "--backbone", backbone, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["budget"] for row in rows] == [1.0, 0.5, 0.25, 0.1]
+    before, after = parameters(sparse_folder), parameters(out)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+    assert any(map(is_router, changed))
+    mlp = {name for name in before if ".mlp." in name and not is_router(name)}
+    assert changed >= mlp if backbone != "frozen" else not changed & mlp
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sparse", "trained"]
+    assert prunepath_command("eval", out, "--data", corpus, "--max-tokens", "200", "--json").exit_code == 0
+
+
+def test_an_interrupted_run_goes_on(sparse_folder, corpus, tmp_path, monkeypatch):
+    texts = corpus.read_text().splitlines()
+    config = FineTuning(steps=6, batch_size=2, sequence_length=32, save_steps=3, learning_rate=1e-3)
+
+    def run(folder, **options):
+        model, tokenizer = prunepath.load(sparse_folder, dtype=torch.float32)
+        return finetune(model, tokenizer, texts, config, folder=folder, **options)[0]
+
+    whole = run(tmp_path / "whole")
+    import prunepath.finetune as module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "calibrate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "part")
+    assert (tmp_path / "part" / "checkpoint-6").is_dir()
+    with pytest.raises(prunepath.PrunePathError, match="interrupted run"):
+        run(tmp_path / "part")
+    resumed = run(tmp_path / "part", resume=True)
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    assert not (tmp_path / "part").exists()
+
+
+def test_train_refuses_a_dense_model(refused, dense_folder, corpus, tmp_path):
+    sentence = refused("train", dense_folder, tmp_path / "out", "--data", corpus, *OPTIONS)
+    assert "convert it first" in sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_train_refuses_a_learning_rate_of_zero(refused, sparse_folder, corpus, tmp_path):
+    assert "Learning rates" in refused(
+        "train", sparse_folder, tmp_path / "out", "--data", corpus, "--learning-rate", "0"
+    )
