@@ -289,6 +289,72 @@ def test_generates(family):
     assert record.active_fraction < 1.0
 
 
+@torch.no_grad()
+def test_copies_and_casts_compute_the_same(family, tmp_path):
+    sparse = make_sparse(make_dense(family))
+    prunepath.set_threshold(sparse, 0.7)
+    expected = output(sparse)
+    torch.save(sparse, tmp_path / "pickle")
+    for twin in (copy.deepcopy(sparse), torch.load(tmp_path / "pickle", weights_only=False)):
+        assert torch.equal(output(twin), expected)
+        for ffn in prunepath.sparse_ffns(twin).values():
+            ffn.projection(ffn.layout.down).weight.zero_()  # its own weights, and no other model's
+        assert relative_error(output(twin), expected) > 1e-3
+        assert torch.equal(output(sparse), expected)
+    prunepath.set_threshold(sparse, 1.0)
+    expected = output(sparse)
+    assert relative_error(output(sparse.to(torch.bfloat16)).float(), expected) < 0.1
+    assert all(ffn._packed is not None for ffn in prunepath.sparse_ffns(sparse).values())
+
+
+@pytest.mark.parametrize("family", ["phi3", "opt", "gpt2", "bert", "flan_t5"])
+@torch.no_grad()
+def test_compiles_as_one_graph(family):
+    sparse = make_sparse(make_dense(family))
+    prunepath.set_threshold(sparse, 0.7)
+    expected = output(sparse)  # also packs, which tracing does not
+    batch = inputs(sparse, 12)
+    if family != "bert":
+        batch["use_cache"] = False
+    compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(**batch)[0], expected) < 1e-6
+    prunepath.set_threshold(sparse, 0.4)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        actual = compiled(**batch)[0]
+    assert relative_error(actual, output(sparse)) < 1e-6
+    assert relative_error(actual, expected) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("phi3", ["gate_up_proj", "down_proj"]),
+        ("opt", ["fc1", "fc2"]),
+        ("gpt2", ["c_fc", "c_proj"]),
+        ("bert", ["intermediate.dense", "output.dense"]),
+        ("flan_t5", ["wi_0", "wi_1", "wo"]),
+    ],
+)
+def test_lora_layers_are_called_and_merge(family, targets):
+    peft = pytest.importorskip("peft")
+    sparse = make_sparse(make_dense(family))
+    prunepath.set_threshold(sparse, 0.7)
+    with torch.no_grad():
+        before = output(sparse)
+    set_seed(0)
+    config = peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False, fan_in_fan_out=family == "gpt2")
+    wrapped = peft.get_peft_model(sparse, config).eval()
+    output(sparse).square().mean().backward()
+    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    assert all(parameter.grad.abs().sum() > 0 for parameter in trained)
+    with torch.no_grad():
+        adapted = output(sparse)
+        assert relative_error(adapted, before) > 1e-3
+        merged = wrapped.merge_and_unload()
+        assert relative_error(output(merged), adapted) < 1e-5
+    assert all(ffn._packed is not None for ffn in prunepath.sparse_ffns(merged).values())
+
+
 @pytest.mark.parametrize("family", ["t5", "flan_t5"])
 @torch.no_grad()
 def test_t5_in_half_precision_keeps_wo_in_float32(family, tmp_path):
