@@ -599,7 +599,7 @@ def _describe(path: str | Path) -> dict:
         "added_parameters": added,
         "centered": sparse.centered,
         "conversion": dataclasses.asdict(sparse.config),
-        "calibration_shape": sparse.calibration_shape,
+        "calibration": sparse.calibration,
         "thresholds": sparse.thresholds,
         "budgets": {f"{budget:g}": values for budget, values in sorted(sparse.budgets.items(), reverse=True)},
     }

@@ -36,7 +36,7 @@ from prunepath.errors import CheckpointError, PrunePathError
 from prunepath.nn import SparseFFN
 from prunepath.nn.observers import CountRecord, counting, observing_inputs, padding_masks
 from prunepath.nn.thresholds import check_fraction, interpolate_thresholds
-from prunepath.train.calibration import fit_budgets, num_passes
+from prunepath.train.calibration import Sample, fit_budgets, num_passes
 from prunepath.train.router import RouterTraining
 
 FORMAT_VERSION = 1
@@ -53,7 +53,8 @@ class SparseDescription:
         ffns: dotted paths of the FFNs, in the order of the model's modules.
         thresholds: the current threshold of each FFN.
         budgets: calibrated table, budget -> threshold of each FFN; empty for a model that was not calibrated.
-        calibration_shape: the shape that calibration chose (`prunepath.train.calibration.Calibration`).
+        calibration: what calibration measured: the chosen `shapes`, the `losses` of all of them, and each FFN's router
+            by its `kl` and `recall` (`prunepath.train.calibration.Calibration`).
     """
 
     config: PrunePathConfig
@@ -61,7 +62,7 @@ class SparseDescription:
     ffns: list[str]
     thresholds: list[float]
     budgets: dict[float, list[float]]
-    calibration_shape: str
+    calibration: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -72,7 +73,7 @@ class SparseDescription:
             "ffns": list(self.ffns),
             "thresholds": list(self.thresholds),
             "budgets": {f"{budget:g}": list(values) for budget, values in sorted(self.budgets.items())},
-            "calibration_shape": self.calibration_shape,
+            "calibration": self.calibration,
         }
 
     @classmethod
@@ -102,7 +103,7 @@ class SparseDescription:
                     check_fraction("budget", b): [check_fraction("threshold", t) for t in values]
                     for b, values in data["budgets"].items()
                 },
-                calibration_shape=str(data["calibration_shape"]),
+                calibration=dict(data["calibration"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, KeyError):
@@ -254,7 +255,7 @@ def convert(
     calibration, training = split_held_out(batches, round(sum(map(count_tokens, batches)) * share))
 
     centered = config.center is not False
-    description = SparseDescription(config, centered, [s.path for s in sites], [1.0] * len(sites), {}, "per_layer")
+    description = SparseDescription(config, centered, [s.path for s in sites], [1.0] * len(sites), {}, {})
     was_training = model.training
     model.eval()
     ffns = install(model, description)
@@ -311,14 +312,20 @@ def _fit_budgets(
     model: nn.Module, description: SparseDescription, batches: Sequence[Batch], progress: Callable[[], None]
 ) -> None:
     """Fills the table of budgets from calibration batches, and leaves the model dense."""
-    inputs = backbone_inputs(merge(batches))
-    result = fit_budgets(
-        list(sparse_ffns(model).values()),
-        lambda: model.base_model(**inputs),
-        lambda: mean_loss(model, batches),
-        progress,
-    )
-    description.budgets, description.calibration_shape = result.table, result.shape
+    half = sum(map(count_tokens, batches)) // 2
+    fit, choose = split_held_out(batches, half) if len(batches) > 1 else (batches, batches)
+
+    def sample(part: Sequence[Batch]) -> Sample:
+        inputs = backbone_inputs(merge(part))
+        return Sample(lambda: model.base_model(**inputs), lambda: mean_loss(model, part))
+
+    result = fit_budgets(list(sparse_ffns(model).values()), sample(fit), sample(choose), sample(batches), progress)
+    description.budgets = result.table
+    description.calibration = {
+        "shapes": {f"{budget:g}": shape for budget, shape in result.shapes.items()},
+        "losses": result.losses,
+        "routers": [dataclasses.asdict(quality) for quality in result.routers],
+    }
     model.config.quantization_config = description.to_dict()
     set_threshold(model, 1.0)
 

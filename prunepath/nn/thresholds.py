@@ -8,6 +8,8 @@ from prunepath.errors import PrunePathError
 
 SMALLEST_THRESHOLD = 2.0**-24
 """Stands for "the fewest experts" where a threshold must be greater than zero."""
+LARGEST_THRESHOLD = 1.0 - 2.0**-24
+"""The float32 below 1, where a threshold must not make the model dense."""
 
 
 def check_fraction(name: str, value: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -11,8 +12,40 @@ from prunepath.config import PrunePathConfig
 from prunepath.nn import SparseFFN
 from prunepath.nn.experts import expert_contributions, router_target
 
+RECALL_FRACTION = 0.25
 _MINIBATCH = 256
 _WARM_UP = 0.05
+
+
+def contributions(ffn: SparseFFN, x: torch.Tensor) -> torch.Tensor:
+    """What each expert adds to the output for x [T, H], as the routers learn it: c, float32 [T, E]."""
+    hidden = ffn.hidden(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return expert_contributions(hidden, ffn.down_weight(), ffn.num_experts, ffn.center)
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterQuality:
+    """How well a router predicts contributions c.
+
+    Attributes:
+        kl: mean of KL(c/Σc ‖ softmax(z)) over tokens, in nats.
+        recall: Σc of the `RECALL_FRACTION` of experts that the router likes best, as a share of what the best such
+            selection has; 1 is perfect.
+    """
+
+    kl: float
+    recall: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, logits: torch.Tensor, true: torch.Tensor) -> RouterQuality:
+        """From logits and contributions, float32 [T, E] each."""
+        kl = F.kl_div(logits.log_softmax(-1), router_target(true), reduction="batchmean").item()
+        active = max(1, round(RECALL_FRACTION * true.shape[1]))
+        taken = true.gather(1, logits.topk(active).indices).sum().item()
+        best = true.topk(active).values.sum().item()
+        return cls(kl, taken / best if best > 0 else 1.0)
 
 
 class RouterTraining:
@@ -48,8 +81,7 @@ class RouterTraining:
     def observe(self, ffn: SparseFFN, x: torch.Tensor) -> None:
         """An `observe_input` hook: x [T, H] becomes T / 256 optimiser steps."""
         with torch.no_grad():
-            down = ffn.down_weight()
-            target = router_target(expert_contributions(ffn.hidden(x), down, ffn.num_experts, ffn.center))
+            target = router_target(contributions(ffn, x))
             inputs = (x.float() - self.mean) / self.std
         for batch, share in zip(inputs.split(_MINIBATCH), target.split(_MINIBATCH), strict=True):
             with torch.enable_grad():

@@ -1,11 +1,11 @@
+import pytest
 import torch
 from torch import nn
 
 from prunepath.config import PrunePathConfig
 from prunepath.nn import FFNLayout, SparseFFN
 from prunepath.nn.experts import expert_contributions, router_target
-from prunepath.train.calibration import BUDGETS, fit_budgets, num_passes
-from prunepath.train.router import RouterTraining
+from prunepath.train.router import RouterQuality, RouterTraining
 
 
 def make_ffn(num_experts=8, hidden=16, width=64):
@@ -62,43 +62,10 @@ def test_one_pass_comes_close_to_the_best_linear_router():
     assert abs(training.kl - reached) < 0.02
 
 
-def test_fitted_thresholds_give_the_fraction_asked_for():
-    ffn = make_ffn()
-    torch.manual_seed(2)
-    with torch.no_grad():
-        ffn.router.weight.normal_()
-    x = torch.randn(4000, 16)
-    passes = []
-    result = fit_budgets([ffn], lambda: ffn(x), lambda: None, lambda: passes.append(1))
-    assert list(result.table) == list(BUDGETS) and result.shape == "per_layer" and result.losses == {}
-    for budget in (0.15, 0.5, 0.9):
-        ffn.threshold = result.table[budget][0]
-        with torch.no_grad():
-            assert abs(ffn.active_mask(x).float().mean().item() - budget) < 1 / 8 / 10
-    assert len(passes) <= num_passes()
-
-
-def test_the_shape_with_the_lower_loss_is_chosen():
-    """Two FFNs, where an equal share for both is worse than one threshold for both, or better."""
-    first, second = make_ffn(), make_ffn()
-    x = torch.randn(500, 16)
-    with torch.no_grad():
-        first.router.weight.normal_()
-        second.router.weight.normal_(std=5.0)
-
-    def encode():
-        first(x)
-        second(x)
-
-    def equal_thresholds_lose():
-        encode()
-        return 1.0 + (first.threshold == second.threshold)
-
-    def equal_thresholds_win():
-        encode()
-        return 2.0 - (first.threshold == second.threshold)
-
-    assert fit_budgets([first, second], encode, equal_thresholds_lose).shape == "per_layer"
-    shared = fit_budgets([first, second], encode, equal_thresholds_win)
-    assert shared.shape == "shared"
-    assert all(a == b for a, b in shared.table.values())
+def test_quality_is_perfect_for_the_true_shares_and_names_what_is_missed():
+    true = torch.tensor([[1.0, 2.0, 3.0, 6.0], [4.0, 0.5, 2.0, 1.5]])
+    perfect = RouterQuality.of(router_target(true).log() + 5.0, true)
+    assert abs(perfect.kl) < 1e-6 and perfect.recall == 1.0
+    # One expert of four is a quarter: the first token's choice has 3 of 6, the second's 4 of 4.
+    half = RouterQuality.of(torch.tensor([[0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]), true)
+    assert half.recall == pytest.approx(7 / 10) and half.kl > 0.05
