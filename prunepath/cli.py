@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from prunepath.config import BACKENDS, PARTITIONS, PrunePathConfig
+from prunepath.config import AUTOCASTS, BACKENDS, CONTRIBUTIONS, PARTITIONS, PrunePathConfig
 from prunepath.errors import CheckpointError, PrunePathError
 
 # torch and transformers take seconds to import: each command imports them once its arguments are known to be
@@ -43,6 +43,8 @@ app = typer.Typer(
 )
 
 Partition = Enum("Partition", {name: name for name in PARTITIONS}, type=str)
+Contribution = Enum("Contribution", {name: name for name in CONTRIBUTIONS}, type=str)
+Autocast = Enum("Autocast", {name: name for name in AUTOCASTS}, type=str)
 BackendName = Enum("BackendName", {name: name for name in BACKENDS}, type=str)
 Backbone = Enum("Backbone", {name: name for name in ("full", "lora", "frozen")}, type=str)
 DType = Enum("DType", {name: name for name in ("auto", "float32", "bfloat16", "float16")}, type=str)
@@ -115,6 +117,12 @@ def convert(
     calibration_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens that turn budgets into thresholds.")
     ] = _defaults.calibration_tokens,
+    contribution: Annotated[
+        Contribution, typer.Option(help="What routers predict: shares of the FFN's output, or of what the loss minds.")
+    ] = _defaults.contribution,
+    autocast: Annotated[
+        Autocast, typer.Option(help="Run the backbone in this precision while converting.")
+    ] = _defaults.autocast,
     backend: Annotated[BackendName, typer.Option(help="What runs the sparse FFNs.")] = _defaults.backend,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = None,
@@ -135,6 +143,8 @@ def convert(
         router_tokens=router_tokens,
         router_learning_rate=router_learning_rate,
         calibration_tokens=calibration_tokens,
+        contribution=contribution.value,
+        autocast=autocast.value,
         backend=backend.value,
     )
     check_output_folder(out)
@@ -148,6 +158,7 @@ def convert(
         prunepath.save(sparse, tokenizer, out)
         summary = _describe(out)
         results.json(summary)
+        results.routers(summary["calibration"]["routers"])
         results.text(f"Wrote {out}: {summary['layers']} FFNs of {config.num_experts} experts.")
         results.text(f'Try: prunepath generate {out} "Once upon a time" --budget 0.25')
 
@@ -428,6 +439,20 @@ class _Results:
         for row in rows:
             cells = (form.format(row[name]) if row[name] is not None else "-" for name, (_, form) in columns.items())
             table.add_row(*cells)
+        Console(file=self.stdout).print(table)
+
+    def routers(self, rows: list[dict]) -> None:
+        """How well each FFN's router predicts."""
+        if self.as_json:
+            return
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for title in ("FFN", "router KL (nats)", "recall at 25 %"):
+            table.add_column(title, justify="right")
+        for index, row in enumerate(rows):
+            table.add_row(str(index), f"{row['kl']:.4f}", f"{row['recall']:.1%}")
         Console(file=self.stdout).print(table)
 
     def fields(self, value: dict) -> None:

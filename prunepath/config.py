@@ -7,6 +7,8 @@ import dataclasses
 from prunepath.errors import PrunePathError
 
 PARTITIONS = ("coactivation", "weights", "contiguous", "random")
+CONTRIBUTIONS = ("output", "loss")
+AUTOCASTS = ("none", "bfloat16", "float16")
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
 
 
@@ -27,6 +29,11 @@ class PrunePathConfig:
         router_tokens: calibration tokens that the routers train on, each seen once.
         router_learning_rate: peak learning rate of the routers' AdamW on standardised inputs, before division by √H.
         calibration_tokens: tokens, held out from router training, that turn budgets into thresholds.
+        contribution: what routers learn an expert's share of: `output`, the norm of what it adds to the FFN's output;
+            or `loss`, the same measured in the metric E[g·gᵀ] of the loss's gradients g there, which needs a model
+            with a loss, and the memory for gradients of one batch's activations.
+        autocast: `bfloat16` or `float16`: run the backbone under torch.autocast in this dtype while converting; or
+            `none`. Routers always train in float32.
         backend: `auto`, or one of `triton`, `cuda`, `cpu`, `reference`.
     """
 
@@ -41,13 +48,15 @@ class PrunePathConfig:
     router_tokens: int = 131072
     router_learning_rate: float = 0.03
     calibration_tokens: int = 8192
+    contribution: str = "output"
+    autocast: str = "none"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.partition not in PARTITIONS:
-            raise PrunePathError(f"partition must be one of {', '.join(PARTITIONS)}, got {self.partition!r}.")
-        if self.backend not in BACKENDS:
-            raise PrunePathError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
+        choices = {"partition": PARTITIONS, "contribution": CONTRIBUTIONS, "autocast": AUTOCASTS, "backend": BACKENDS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise PrunePathError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
         whole = [field.name for field in dataclasses.fields(self) if field.name.endswith("_tokens")]
         for name in ("num_experts", "min_experts", "sequence_length", *whole):
             value = getattr(self, name)

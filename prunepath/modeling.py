@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -37,6 +38,7 @@ from prunepath.nn import SparseFFN
 from prunepath.nn.observers import CountRecord, counting, observing_inputs, padding_masks
 from prunepath.nn.thresholds import check_fraction, interpolate_thresholds
 from prunepath.train.calibration import Sample, fit_budgets, num_passes
+from prunepath.train.loss_metric import measure_loss_metric
 from prunepath.train.router import RouterTraining
 
 FORMAT_VERSION = 1
@@ -251,6 +253,10 @@ def convert(
     ops.resolve_backend(config.backend, device)
     wanted = config.calibration_tokens + max(config.router_tokens, config.partition_tokens)
     batches = sample_batches(model, texts, tokenizer, config.sequence_length, wanted, config.seed)
+    if config.contribution == "loss" and "labels" not in batches[0]:
+        raise PrunePathError(
+            f"Expected a model and data with a loss for contribution='loss', got {type(model).__name__}."
+        )
     share = config.calibration_tokens / wanted
     calibration, training = split_held_out(batches, round(sum(map(count_tokens, batches)) * share))
 
@@ -260,7 +266,7 @@ def convert(
     model.eval()
     ffns = install(model, description)
     backbone = model.base_model
-    with torch.no_grad(), _without_cache(model), _padding_masks(model), _bars(progress) as bar:
+    with _converting(model, config), _bars(progress) as bar:
         grouping = ExpertGrouping(config, bar("Grouping neurons", len(ffns)))
         with observing_inputs({ffn: grouping.observe for ffn in ffns.values()}):
             backbone(**backbone_inputs(merge(list(first_tokens(training, config.partition_tokens)))))
@@ -269,6 +275,8 @@ def convert(
             for ffn in ffns.values():
                 ffn.center = None
 
+        if config.contribution == "loss":
+            _measure_loss_metric(model, list(ffns.values()), first_tokens(training, config.partition_tokens))
         trainings = {ffn: RouterTraining(ffn, stats.mean, stats.std, config) for ffn, stats in grouping.inputs.items()}
         batches = list(first_tokens(training, config.router_tokens))
         advance = bar("Training routers", len(batches))
@@ -303,7 +311,10 @@ def calibrate(model: nn.Module, tokenizer: Any | None, texts: Iterable, *, progr
     batches = sample_batches(model, texts, tokenizer, config.sequence_length, config.calibration_tokens, config.seed)
     was_training = model.training
     model.eval()
-    with torch.no_grad(), _without_cache(model), _padding_masks(model), _bars(progress) as bar:
+    with _converting(model, config), _bars(progress) as bar:
+        if config.contribution == "loss":
+            set_threshold(model, 1.0)
+            _measure_loss_metric(model, list(sparse_ffns(model).values()), batches)
         _fit_budgets(model, description, batches, bar("Calibrating budgets", num_passes()))
     model.train(was_training)
 
@@ -328,6 +339,27 @@ def _fit_budgets(
     }
     model.config.quantization_config = description.to_dict()
     set_threshold(model, 1.0)
+
+
+def _measure_loss_metric(model: nn.Module, ffns: list[SparseFFN], batches: Iterable[Batch]) -> None:
+    """Measures the metric of `contribution="loss"` on batches, with the model dense."""
+
+    def run(batch: Batch) -> tuple[torch.Tensor | None, int]:
+        loss = getattr(model(**batch), "loss", None) if "labels" in batch else None
+        return loss, count_tokens(batch)
+
+    measure_loss_metric(ffns, (functools.partial(run, batch) for batch in batches))
+
+
+@contextlib.contextmanager
+def _converting(model: nn.Module, config: PrunePathConfig) -> Iterator[None]:
+    """Forward passes without gradients, caches and padding, in the configured precision."""
+    device = next(model.parameters()).device.type
+    precision = contextlib.nullcontext()
+    if config.autocast != "none":
+        precision = torch.autocast(device, getattr(torch, config.autocast))
+    with torch.no_grad(), precision, _without_cache(model), _padding_masks(model):
+        yield
 
 
 @contextlib.contextmanager

@@ -53,6 +53,10 @@ class ExpertGrouping:
     def observe(self, ffn: SparseFFN, x: torch.Tensor) -> None:
         """An `observe_input` hook: x [T, H]."""
         hidden = ffn.hidden(x).float()
+        with torch.autocast(x.device.type, enabled=False):
+            self._group(ffn, x, hidden)
+
+    def _group(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> None:
         order = partition_neurons(
             self.config.partition,
             ffn.num_experts,

@@ -23,4 +23,5 @@ class Router(nn.Linear):
 
         They are computed in float32 because half-precision logits tie often, and ties are broken by index alone.
         """
-        return F.linear(x.float(), self.weight.float(), self.bias.float())
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())

@@ -118,6 +118,7 @@ class SparseFFN(nn.Module):
     Three hooks, None unless set: `observe_input(ffn, x)`, `observe_counts(ffn, counts)`, and `select(ffn, x, hidden)`,
     which replaces the router's choice by a mask [T, E], and keeps the FFN to the masked dense computation. They see
     padding too; `valid_tokens` tells it apart where `prunepath.nn.observers.padding_masks` is in force.
+    `output_metric`, None or float32 [H, H], is set by `prunepath.train.loss_metric`, and saved nowhere.
 
     Args:
         dense: the module that owns the projections.
@@ -154,6 +155,7 @@ class SparseFFN(nn.Module):
         self.observe_counts: Callable[[SparseFFN, torch.Tensor], None] | None = None
         self.select: Callable[[SparseFFN, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self.padding_mask: torch.Tensor | None = None
+        self.output_metric: torch.Tensor | None = None
         if adopt:
             for name in (*layout.projections, layout.dropout, layout.output_dropout):
                 if name is not None:
@@ -221,6 +223,11 @@ class SparseFFN(nn.Module):
     def _matrix(self, name: str) -> torch.Tensor:
         weight = self.projection(name).weight
         return weight.t() if self.layout.transposed else weight
+
+    def contribution_weight(self) -> torch.Tensor:
+        """W_down [H, D] as contributions are measured by it: in the metric M of `output_metric`, M^{1/2}·W_down."""
+        weight = self.down_weight()
+        return weight if self.output_metric is None else self.output_metric.to(weight.device) @ weight.float()
 
     def _store(self, name: str, matrix: torch.Tensor) -> None:
         """Makes `matrix` [out, in] the storage of a projection's weight."""

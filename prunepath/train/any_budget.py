@@ -132,7 +132,7 @@ class AnyBudget:
         with torch.autocast(x.device.type, enabled=False):  # logits in half precision tie
             logits = ffn.router(x.detach())
             with torch.no_grad():
-                weight = ffn.down_weight()
+                weight = ffn.contribution_weight()
                 target = router_target(expert_contributions(hidden, weight, ffn.num_experts, ffn.center))
                 mask = mass_quantile_mask(logits, valid, self._fractions[ffn], ffn.min_experts, ffn.max_experts)
             losses = F.kl_div(logits.log_softmax(-1), target, reduction="none").sum(-1)

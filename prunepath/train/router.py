@@ -21,7 +21,7 @@ def contributions(ffn: SparseFFN, x: torch.Tensor) -> torch.Tensor:
     """What each expert adds to the output for x [T, H], as the routers learn it: c, float32 [T, E]."""
     hidden = ffn.hidden(x)
     with torch.autocast(x.device.type, enabled=False):
-        return expert_contributions(hidden, ffn.down_weight(), ffn.num_experts, ffn.center)
+        return expert_contributions(hidden, ffn.contribution_weight(), ffn.num_experts, ffn.center)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,10 @@ class RouterTraining:
         with torch.no_grad():
             target = router_target(contributions(ffn, x))
             inputs = (x.float() - self.mean) / self.std
+        with torch.autocast(x.device.type, enabled=False):
+            self._train(inputs, target)
+
+    def _train(self, inputs: torch.Tensor, target: torch.Tensor) -> None:
         for batch, share in zip(inputs.split(_MINIBATCH), target.split(_MINIBATCH), strict=True):
             with torch.enable_grad():
                 loss = F.kl_div(F.linear(batch, self.weight, self.bias).log_softmax(-1), share, reduction="batchmean")

@@ -1,0 +1,163 @@
+"""What a model may be converted with: texts and batches, for decoders, encoders and encoder-decoders."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import prunepath
+from prunepath.modeling import description_of
+from prunepath.train.loss_metric import measure_loss_metric
+from prunepath.train.router import contributions
+
+VOCABULARY = 97
+CONFIG = prunepath.PrunePathConfig(
+    num_experts=8, sequence_length=32, partition_tokens=256, router_tokens=512, calibration_tokens=256
+)
+
+
+def make_model(kind):
+    torch.manual_seed(0)
+    if kind == "t5":
+        shared = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+        return T5ForConditionalGeneration(T5Config(**shared, pad_token_id=0, decoder_start_token_id=0)).eval()
+    shared = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**shared, initializer_range=0.2)).eval()
+    return {"bert": BertModel, "masked_bert": BertForMaskedLM}[kind](BertConfig(**shared)).eval()
+
+
+def tokens(rows=24, length=60):
+    return torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def batches(kind, pad=0, size=4):
+    """Ready batches; with `pad` tokens of value 1 and no meaning behind each row."""
+    made = []
+    for ids in tokens().split(size):
+        padding = torch.ones(len(ids), pad, dtype=torch.long)
+        batch = {"input_ids": torch.cat([ids, padding], 1)}
+        batch["attention_mask"] = torch.cat([torch.ones_like(ids), torch.zeros_like(padding)], 1)
+        if kind != "bert":
+            batch["labels"] = torch.cat([ids, torch.full_like(padding, -100)], 1)
+        made.append(batch)
+    return made
+
+
+def fraction(model, kind, budget):
+    prunepath.set_budget(model, budget)
+    with torch.no_grad(), prunepath.record_counts(model) as record:
+        for batch in batches(kind):
+            model(**batch)
+    return record.active_fraction
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "masked_bert", "t5"])
+@pytest.mark.parametrize("ready", [False, True])
+def test_every_kind_of_model_obtains_its_budget(kind, ready):
+    model = make_model(kind)
+    prunepath.convert(model, None, batches(kind) if ready else list(tokens()), CONFIG)
+    assert abs(fraction(model, kind, 0.4) - 0.4) < 0.06
+    calibration = description_of(model).calibration
+    assert len(calibration["routers"]) == 2
+    assert all(row["kl"] > 0 and 0.25 < row["recall"] <= 1 for row in calibration["routers"])
+    if kind == "bert":
+        assert calibration["losses"] == {} and set(calibration["shapes"].values()) == {"per_layer"}
+    else:
+        assert set(calibration["losses"]) == {"per_layer", "shared", "energy", "descent"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_padding_changes_nothing(kind):
+    """Neither partition, routers and thresholds, nor what is counted."""
+    plain, padded = make_model(kind), make_model(kind)
+    prunepath.convert(plain, None, batches(kind), CONFIG)
+    prunepath.convert(padded, None, batches(kind, pad=9), CONFIG)
+    for (path, a), b in zip(plain.state_dict().items(), padded.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=2e-3), path
+    records = []
+    for model, pad in ((plain, 0), (plain, 9)):
+        prunepath.set_budget(model, 0.4)
+        with torch.no_grad(), prunepath.record_counts(model) as record:
+            for batch in batches(kind, pad=pad):
+                model(**batch)
+        records.append(record)
+    assert [h.sum() for h in records[0].histogram] == [h.sum() for h in records[1].histogram]
+    assert abs(records[0].active_fraction - records[1].active_fraction) < 1e-3
+
+
+def test_the_loss_metric_is_that_of_the_gradients_at_the_output():
+    model = make_model("llama")
+    prunepath.convert(model, None, batches("llama"), dataclasses.replace(CONFIG, contribution="loss"))
+    ffn = prunepath.sparse_ffns(model)["model.layers.1.mlp"]
+    batch = batches("llama", size=24)[0]
+
+    def run():
+        return model(**batch).loss, batch["input_ids"].numel()
+
+    output = {}
+    hook = ffn.register_forward_hook(lambda module, args, y: output.update(y=y))
+    loss, count = run()
+    hook.remove()
+    (gradient,) = torch.autograd.grad(loss * count, output["y"])
+    g = gradient.flatten(0, 1)
+    expected = g.t() @ g / len(g)
+    measure_loss_metric(list(prunepath.sparse_ffns(model).values()), [run])
+    assert ((ffn.output_metric @ ffn.output_metric - expected).norm() / expected.norm()).item() < 2e-3
+    x = torch.randn(5, 32)
+    with torch.no_grad():
+        steps = ffn.hidden(x) - (0 if ffn.center is None else ffn.center)
+        experts = steps.view(5, 8, 8).unsqueeze(2) * torch.eye(8).view(1, 8, 8, 1)
+        outputs = (experts.flatten(2) @ ffn.down_weight().t()) @ ffn.output_metric
+        assert torch.allclose(contributions(ffn, x), outputs.norm(dim=-1), rtol=1e-4)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_frozen_model_has_a_loss_metric_and_a_headless_one_is_refused():
+    config = dataclasses.replace(CONFIG, contribution="loss")
+    frozen = make_model("llama").requires_grad_(False)
+    prunepath.convert(frozen, None, batches("llama"), config)
+    assert all(ffn.output_metric.norm() > 0 for ffn in prunepath.sparse_ffns(frozen).values())
+    headless = make_model("bert")
+    with pytest.raises(prunepath.PrunePathError, match="with a loss"):
+        prunepath.convert(headless, None, batches("bert"), config)
+    assert not prunepath.is_sparse(headless)
+
+
+def test_routers_train_alike_under_autocast():
+    exact, mixed = make_model("llama"), make_model("llama")
+    options = {"partition": "contiguous", "router_tokens": 1024}
+    prunepath.convert(exact, None, batches("llama"), dataclasses.replace(CONFIG, **options))
+    prunepath.convert(mixed, None, batches("llama"), dataclasses.replace(CONFIG, **options, autocast="bfloat16"))
+    a, b = (prunepath.sparse_ffns(m)["model.layers.0.mlp"].router.weight for m in (exact, mixed))
+    assert not torch.equal(a, b) and b.dtype == torch.float32
+    assert ((a - b).norm() / a.norm()).item() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([{"input_ids": torch.ones(2, 40, dtype=torch.long)}], "2 or more batches, got 80 in 1"),
+        ([{"ids": torch.ones(2, 40)}], "a tensor input_ids"),
+    ],
+)
+def test_bad_batches_are_named(data, message):
+    model = make_model("llama")
+    with pytest.raises(prunepath.PrunePathError, match=message):
+        prunepath.convert(model, None, data, CONFIG)
+    assert not prunepath.is_sparse(model)
