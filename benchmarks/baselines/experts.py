@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 import random
 from collections.abc import Sequence
 
@@ -11,10 +12,11 @@ import torch
 from baselines.activations import ffn_inputs, observe_padding, valid_tokens
 from baselines.base import Batch, Method
 from prunepath.convert.adapters import find_ffns
-from prunepath.convert.experts import reorder_neurons
+from prunepath.convert.experts import reorder_neurons, skipping_errors
 from prunepath.convert.partition import partition_neurons
 from prunepath.errors import PrunePathError
 from prunepath.nn import SparseFFN
+from prunepath.train.any_budget import AnyBudgetConfig
 
 _PARTITION_TOKENS = 4096
 _TOLERANCE = 0.001
@@ -29,7 +31,7 @@ class ExpertMethod(Method):
 
     Attributes:
         partition: how neurons are grouped, as in `PrunePathConfig`.
-        center: whether a skipped neuron contributes its mean activation.
+        center: whether a skipped neuron contributes its mean activation, where that lowers the error of skipping.
     """
 
     one_checkpoint = True
@@ -42,6 +44,7 @@ class ExpertMethod(Method):
         self.ffns: list[SparseFFN] = [site.install(experts, center=self.center) for site in find_ffns(self.model)]
         observe_padding(self.model)
         inputs = ffn_inputs(self.model, self.ffns, batches)
+        errors: list[tuple[float, float]] = []
         for ffn, x in zip(self.ffns, inputs, strict=True):
             hidden = ffn.hidden(x[:_PARTITION_TOKENS]).float()
             order = partition_neurons(
@@ -55,8 +58,12 @@ class ExpertMethod(Method):
             reorder_neurons(ffn, order)
             if ffn.center is not None:
                 ffn.center.copy_(hidden.mean(0)[order])
+                errors.append(skipping_errors(ffn, hidden[:512, order]))
             ffn.router.requires_grad_(False)
             ffn.select = self._select
+        if sum(centered / plain for plain, centered in errors) >= len(errors):
+            for ffn in self.ffns:
+                ffn.center = None
         self._draws = random.Random(self.settings.seed)
         self._auxiliary: list[torch.Tensor] = []
         self.training = False
@@ -186,6 +193,14 @@ class ThresholdMethod(ExpertMethod):
         self._table: dict[float, list[torch.Tensor]] = {}
         self._priorities: list[list[torch.Tensor]] | None = None
 
+    def before_step(self, progress: float) -> None:
+        super().before_step(progress)
+        # Layers differ around the budget, as in PrunePath's own training, since the thresholds may make them differ.
+        jitter = AnyBudgetConfig().layer_jitter
+        shares = [math.exp(self._draws.gauss(0.0, jitter)) for _ in self.ffns]
+        mean = sum(shares) / len(shares)
+        self.step_fractions = [min(1.0, self.step_budget * share / mean) for share in shares]
+
     def choose(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             priority = self.priority(ffn, x, hidden).float()
@@ -193,7 +208,7 @@ class ThresholdMethod(ExpertMethod):
             if self.training:
                 if self.step_budget >= 1.0:
                     return torch.ones_like(priority, dtype=torch.bool)
-                return priority < batch_threshold(priority, valid_tokens(ffn, len(x)), self.step_budget)
+                return priority < batch_threshold(priority, valid_tokens(ffn, len(x)), self.step_fractions[index])
             if self._priorities is not None:
                 valid = valid_tokens(ffn, len(x))
                 self._priorities[index].append(priority if valid is None else priority[valid])

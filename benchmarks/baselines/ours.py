@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
-from baselines.experts import ExpertMethod, ThresholdMethod, TopK, mass_before
+import prunepath
+from baselines.base import Batch, Method
+from baselines.experts import ExpertMethod, TopK
 from baselines.oracle import contributions
 from baselines.routers import Standardised
 from prunepath.config import PrunePathConfig
 from prunepath.nn import SparseFFN
 from prunepath.nn.experts import router_target
+from prunepath.train.any_budget import AnyBudget
 from prunepath.train.router import RouterTraining
 
 
@@ -47,10 +53,39 @@ class TopKRouted(_SoftmaxRouted, TopK):
         return ffn.router(x)
 
 
-class PrunePath(_SoftmaxRouted, ThresholdMethod):
-    """The fewest experts whose probability adds up to τ."""
+class PrunePath(Method):
+    """The fewest experts whose probability adds up to τ: the package as its users call it."""
 
     name = "prunepath"
+    one_checkpoint = True
 
-    def priority(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        return mass_before(ffn.router(x).softmax(-1))
+    def install(self, batches: Sequence[Batch]) -> None:
+        # All the calibration batches are used.
+        config = PrunePathConfig(
+            num_experts=self.settings.num_experts, seed=self.settings.seed, calibration_tokens=32768
+        )
+        prunepath.convert(self.model, None, batches, config)
+        self._any_budget = AnyBudget(self.model, seed=self.settings.seed)
+        self._counting = contextlib.ExitStack()
+
+    def before_step(self, progress: float) -> None:
+        self._any_budget.attach()
+        self._any_budget.draw()
+
+    def auxiliary_loss(self) -> torch.Tensor:
+        return self._any_budget.router_loss()
+
+    def calibrate(self, batches: Sequence[Batch]) -> None:
+        self._any_budget.detach()
+        prunepath.calibrate(self.model, None, batches)
+
+    def set_budget(self, budget: float) -> None:
+        prunepath.set_budget(self.model, budget)
+        self._counting.close()
+        self._counts = self._counting.enter_context(prunepath.record_counts(self.model))
+
+    def active_fraction(self) -> float:
+        return self._counts.active_fraction
+
+    def per_layer(self) -> list[float]:
+        return self._counts.per_layer

@@ -69,7 +69,7 @@ class ExpertGrouping:
         reorder_neurons(ffn, order)
         if ffn.center is not None:
             ffn.center.copy_(hidden.mean(0))
-            self._errors.append(_skipping_errors(ffn, hidden[:_CENTERING_TOKENS]))
+            self._errors.append(skipping_errors(ffn, hidden[:_CENTERING_TOKENS]))
         values = x.float()
         self.inputs[ffn] = InputStatistics(values.mean(0), values.std(0, correction=0).clamp_(min=1e-6))
         if self.progress is not None:
@@ -85,7 +85,7 @@ def reorder_neurons(ffn: SparseFFN, order: torch.Tensor) -> None:
     down.copy_(down[:, order])
 
 
-def _skipping_errors(ffn: SparseFFN, hidden: torch.Tensor) -> tuple[float, float]:
+def skipping_errors(ffn: SparseFFN, hidden: torch.Tensor) -> tuple[float, float]:
     """Squared output error of running the best experts alone: with skipped neurons at zero, and at their mean."""
     weight = ffn.down_weight().float()
     errors = []

@@ -1,0 +1,130 @@
+"""Functions and what their authors say of them: summaries (NLG) and questions in chat format (instruction data)."""
+
+from __future__ import annotations
+
+import ast
+import random
+import re
+import textwrap
+
+import torch
+
+from tasks.base import IGNORED, SPLITS, Task, padded, texts_of
+
+SOURCE_LENGTH, SUMMARY_LENGTH = 160, 32
+CHAT_LENGTH = 192
+_EXCEPTION = re.compile(r"\b[A-Z]\w*(?:Error|Exception|Warning|Exit|Interrupt|Iteration)\b")
+
+
+def functions(text: str) -> list[tuple[str, str | None, list[str]]]:
+    """(source without docstring, first sentence of the docstring, exceptions raised) of each function in a module."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return []
+    lines = text.split("\n")
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 2:
+            continue
+        documented = ast.get_docstring(node)
+        kept = list(range(node.lineno - 1, node.end_lineno))
+        if documented is not None:
+            first = node.body[0]
+            kept = [i for i in kept if not first.lineno - 1 <= i < first.end_lineno]
+        source = textwrap.dedent("\n".join(lines[i] for i in kept))
+        summary = None
+        if documented:
+            summary = re.split(r"(?<=[.!?])\s|\n\s*\n", " ".join(documented.split("\n\n")[0].split()))[0]
+        raised = []
+        for child in ast.walk(node):
+            if isinstance(child, ast.Raise) and child.exc is not None:
+                name = _EXCEPTION.search(ast.unparse(child.exc))
+                if name and name.group() not in raised:
+                    raised.append(name.group())
+        found.append((source, summary, raised))
+    return found
+
+
+def _unique(split: str, tiny: bool, seen: set[str]) -> list[tuple[str, str | None, list[str]]]:
+    """The split's functions, of which none has the body of one in `seen`, which grows."""
+    unique = []
+    for text in texts_of(split, tiny):
+        for function in functions(text):
+            body = re.sub(r"\s+", "", function[0].partition("\n")[2])
+            if len(body) >= 40 and body not in seen:
+                seen.add(body)
+                unique.append(function)
+    return unique
+
+
+def build_nlg(name: str, tokenizer, *, tiny: bool) -> Task:
+    """Function source to the first sentence of its docstring."""
+    splits, references, seen = {}, [], set()
+    end = tokenizer.eos_token_id
+    for split in reversed(SPLITS):  # a function that is in several splits is taken out of training
+        pairs = [(source, summary) for source, summary, _ in _unique(split, tiny, seen) if _is_summary(summary)]
+        pairs = pairs[: 24 if tiny else None]
+        sources = tokenizer([source for source, _ in pairs], add_special_tokens=False)["input_ids"]
+        summaries = tokenizer([summary for _, summary in pairs], add_special_tokens=False)["input_ids"]
+        inputs = padded([[*ids[: SOURCE_LENGTH - 1], end] for ids in sources], SOURCE_LENGTH, -1)
+        labels = padded([[*ids[: SUMMARY_LENGTH - 1], end] for ids in summaries], SUMMARY_LENGTH, IGNORED)
+        splits[split] = {
+            "input_ids": inputs.clamp(min=0),
+            "attention_mask": (inputs >= 0).to(torch.int16),
+            "labels": labels,
+        }
+        if split == "test":
+            references = [summary for _, summary in pairs]
+    sizes = [len(reference.encode()) for reference in references]
+    return Task(name, "t5", "rouge_l", splits, sizes=sizes, references=references)
+
+
+def _is_summary(summary: str | None) -> bool:
+    return summary is not None and 3 <= len(summary.split()) <= 24 and summary.isascii()
+
+
+def build_instruct(name: str, tokenizer, *, tiny: bool) -> Task:
+    """Questions on functions in chat format; the loss is on the answers."""
+    splits, sizes, seen = {}, [], set()
+    for split in reversed(SPLITS):
+        rng = random.Random(0)
+        chats = [chat for function in _unique(split, tiny, seen) for chat in _chats(*function, rng)]
+        rng.shuffle(chats)
+        chats = chats[: 24 if tiny else (1200 if split == "test" else None)]
+        questions = tokenizer([question for question, _ in chats], add_special_tokens=False)["input_ids"]
+        answers = tokenizer([answer for _, answer in chats], add_special_tokens=False)["input_ids"]
+        inputs, labels, bytes_ = [], [], []
+        for question, answer, (_, text) in zip(questions, answers, chats, strict=True):
+            answer = [*answer, tokenizer.eos_token_id]
+            if len(answer) > CHAT_LENGTH // 2:
+                continue
+            head = [tokenizer.eos_token_id, *question[-(CHAT_LENGTH - len(answer) - 1) :]]
+            inputs.append([*head, *answer])
+            labels.append([*[IGNORED] * len(head), *answer])
+            bytes_.append(len(text.encode()) + 1)
+        rows = padded(inputs, CHAT_LENGTH, -1)
+        splits[split] = {
+            "input_ids": rows.clamp(min=0),
+            "attention_mask": (rows >= 0).to(torch.int16),
+            "labels": padded(labels, CHAT_LENGTH, IGNORED),
+        }
+        if split == "test":
+            sizes = bytes_
+    return Task(name, "llama", "bits_per_byte", splits, sizes=sizes)
+
+
+def _chats(source: str, summary: str | None, raised: list[str], rng: random.Random) -> list[tuple[str, str]]:
+    chats = []
+    if _is_summary(summary):
+        chats.append(("Summarise this function in one sentence.", source, summary))
+    if raised:
+        # The names of the exceptions are hidden, so that the answer is not copied.
+        hidden = re.sub("|".join(map(re.escape, raised)), "____", source)
+        chats.append(("Which exceptions belong in the blanks?", hidden, ", ".join(raised)))
+    lines = source.split("\n")
+    if len(lines) >= 5:
+        cut = rng.randrange(2, len(lines))
+        if lines[cut].strip():
+            chats.append(("What is the next line?", "\n".join(lines[:cut]), lines[cut].strip()))
+    return [(f"User: {question}\n{code}\nAssistant: ", answer) for question, code, answer in chats]

@@ -1,0 +1,159 @@
+"""One harness for all methods: install, fine-tune, calibrate, evaluate, with the same data, steps and loss."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+from typing import Any
+
+import torch
+from baselines.base import Method, Settings
+from tasks.base import Task
+from tasks.models import warm_cosine
+from torch import nn
+
+from prunepath.nn import SparseFFN
+from prunepath.nn.observers import padding_masks
+from prunepath.train.any_budget import distillation_loss
+
+DISTILLATION_WEIGHT = 1.0
+ROUTER_RATE = 3.0
+INSTALL_TOKENS = 65536
+CALIBRATION_EXAMPLES = 96
+
+
+def install(method_type: type[Method], dense: nn.Module, task: Task, settings: Settings, budget: float | None):
+    """A method on a copy of the dense model, fitted on training data."""
+    method = method_type(copy.deepcopy(dense), settings, budget)
+    per_batch = max(1, min(32, task.count("train") // 4))
+    wanted = max(4, INSTALL_TOKENS // (per_batch * task.splits["train"]["input_ids"].shape[1]))
+    wanted = min(wanted, task.count("train") // per_batch)
+    draws = task.random_batches(per_batch, settings.seed)
+    with padding_masks(method.model):
+        method.install([next(draws) for _ in range(max(1, wanted))])
+    return method
+
+
+def finetune(
+    method: Method, teacher: nn.Module, task: Task, *, steps: int, batch_size: int, rate: float, seed: int
+) -> None:
+    """Trains all of the method's parameters, the routers at `ROUTER_RATE` times the learning rate.
+
+    The loss, for every method: the task's, plus distillation from the dense model that it started from, plus the
+    method's own.
+    """
+    model = method.model
+    names = {id(p): name for name, p in model.named_parameters()}
+    parameters = method.trainable_parameters()
+    routers = [p for p in parameters if _is_router(names.get(id(p), "router"))]
+    backbone = [p for p in parameters if not _is_router(names.get(id(p), "router"))]
+    cuda = parameters[0].is_cuda
+    groups = [{"params": backbone, "lr": rate}, {"params": routers, "lr": ROUTER_RATE * rate}]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]], betas=(0.9, 0.95), weight_decay=0.1, fused=cuda
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps))
+    batches = task.random_batches(batch_size, seed + 1000)
+    model.train()
+    with padding_masks(model):
+        for step in range(steps):
+            batch = next(batches)
+            method.before_step(step / steps)
+            with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+                outputs = model(**batch)
+                with torch.no_grad():
+                    target = teacher(**batch).logits
+            loss = outputs.loss + method.auxiliary_loss()
+            positions = task.scored_positions(batch["labels"])
+            loss = loss + DISTILLATION_WEIGHT * distillation_loss(outputs.logits, target, positions)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+    model.eval()
+
+
+def _is_router(name: str) -> bool:
+    return "router" in name or "predictor" in name
+
+
+def calibrate(method: Method, task: Task, batch_size: int) -> None:
+    with torch.no_grad(), padding_masks(method.model):
+        method.model.eval()
+        method.calibrate(list(task.batches("validation", batch_size, CALIBRATION_EXAMPLES)))
+
+
+@torch.no_grad()
+def evaluate(
+    method: Method, task: Task, split: str, budget: float, *, tokenizer=None, limit: int | None = None
+) -> dict:
+    """Scores of each example at a budget.
+
+    Returns:
+        `active_fraction`, `per_layer`, `nll` (nats of each example's labels), for `accuracy` also `correct`, and for
+        `rouge_l` on the test split also `predictions`; `loss`, the mean nats a label.
+    """
+    model = method.model.eval()
+    method.set_budget(budget)
+    result: dict[str, Any] = {"nll": [], "correct": [], "predictions": []}
+    counts = 0
+    histogram = _Histogram(method)
+    with padding_masks(model), histogram:
+        for batch in task.batches(split, 64, limit):
+            logits = model(**batch).logits
+            labels = batch["labels"]
+            result["nll"].append(task.losses(logits, labels))
+            counts += len(labels) if labels.dim() == 1 else int((labels != -100).sum())
+            if task.metric == "accuracy":
+                result["correct"].append((logits.argmax(-1) == labels).int())
+        result["active_fraction"] = method.active_fraction()
+        result["per_layer"] = method.per_layer()
+        result["experts_per_token"] = histogram.counts
+        if task.metric == "rouge_l" and split == "test" and tokenizer is not None:
+            for batch in task.batches(split, 150, limit):
+                ids = model.generate(
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    max_new_tokens=31,
+                    do_sample=False,
+                )
+                result["predictions"] += tokenizer.batch_decode(
+                    ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
+    result["nll"] = [round(value, 4) for value in torch.cat(result["nll"]).tolist()]
+    result["correct"] = torch.cat(result["correct"]).tolist() if result["correct"] else []
+    result["loss"] = math.fsum(result["nll"]) / counts
+    return result
+
+
+class _Histogram(contextlib.AbstractContextManager):
+    """How many tokens ran how many experts, over all FFNs; None for methods without experts."""
+
+    def __init__(self, method: Method) -> None:
+        self.ffns = [module for module in method.model.modules() if isinstance(module, SparseFFN)]
+        self.total: torch.Tensor | None = None
+
+    def __enter__(self):
+        self.before = [ffn.observe_counts for ffn in self.ffns]
+        for ffn, before in zip(self.ffns, self.before, strict=True):
+            ffn.observe_counts = functools.partial(self._observe, before)
+        return self
+
+    def _observe(self, before, ffn: SparseFFN, counts: torch.Tensor) -> None:
+        if before is not None:
+            before(ffn, counts)
+        valid = ffn.valid_tokens(len(counts))
+        counts = counts if valid is None else counts[valid]
+        histogram = torch.bincount(counts.long(), minlength=ffn.num_experts + 1)
+        self.total = histogram if self.total is None else self.total + histogram
+
+    def __exit__(self, *_) -> None:
+        for ffn, before in zip(self.ffns, self.before, strict=True):
+            ffn.observe_counts = before
+
+    @property
+    def counts(self) -> list[int] | None:
+        return None if self.total is None else self.total.tolist()
