@@ -133,7 +133,7 @@ setup(
     ],
     package_dir={"prunepath.triton_kernels": "triton_kernels"},
     include_package_data=False,  # else libraries built in place, of other settings, would be packed
-    package_data={"prunepath.demo": ["model/*"]},
+    package_data={"prunepath.demo": ["model/*"], "prunepath.eval": ["*.jinja"]},
     # Declared one by one, so that an editable install keeps them. The sources are CMakeLists.txt's affair.
     ext_modules=[Extension(f"prunepath.{name}", sources=[]) for name in names],
     cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},

@@ -201,11 +201,8 @@ def evaluate(
         from prunepath.eval.tradeoff import tradeoff
 
         loaded, tokenizer = _load(prunepath, model, dtype, device)
-        limit = getattr(loaded.config, "max_position_embeddings", None) or 512
-        if sequence_length is not None and sequence_length > limit:
-            raise PrunePathError(f"sequence_length must be at most the model's {limit}, got {sequence_length}.")
         shared = dict(
-            sequence_length=sequence_length or min(512, limit),
+            sequence_length=_window(loaded, sequence_length),
             max_tokens=max_tokens,
             batch_size=batch_size,
             progress=True,
@@ -355,6 +352,52 @@ def train(
         results.table(rows)
         results.text(f"Wrote {out}.")
         results.text(f"Try: prunepath eval {out} --data {data[0]}")
+
+
+@app.command()
+def report(
+    model: Annotated[str, typer.Argument(metavar="SPARSE", help="Sparse checkpoint folder or hub name.")],
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    budget: Annotated[str, typer.Option(help="Budgets in (0, 1], separated by commas.")] = "0.75,0.5,0.25,0.1",
+    text_column: TextColumnOption = "text",
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a window.", show_default="512, or the model's limit if less"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Measure on this many tokens at most.")] = 16384,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows of one forward pass.")] = 1,
+    dtype: DTypeOption = DType.auto,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show quality, experts per token, layers and tokens along the knob, on one HTML page that needs no network."""
+    budgets = _fractions("budget", budget)
+    if out.is_dir():
+        raise PrunePathError(f"Expected --out to be a file to write the report to, but {out} is a folder.")
+    if not out.absolute().parent.is_dir():
+        raise PrunePathError(f"The folder of the report {out} does not exist.")
+    texts = _texts(data, text_column)
+    with _results(as_json) as results:
+        prunepath = _import_prunepath()
+        from prunepath.eval.report import measure, write_report
+
+        loaded, tokenizer = _load(prunepath, model, dtype, device)
+        numbers = measure(
+            loaded,
+            tokenizer,
+            texts,
+            name=model,
+            budgets=budgets,
+            sequence_length=_window(loaded, sequence_length),
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            progress=True,
+        )
+        write_report(numbers, out)
+        results.json(numbers)
+        results.table(numbers["rows"])
+        results.text(f"Wrote {out}.")
 
 
 @app.command()
@@ -522,6 +565,14 @@ def _fractions(name: str, text: str) -> list[float]:
             ) from None
         _check_fraction(name, values[-1])
     return values
+
+
+def _window(model, sequence_length: int | None) -> int:
+    """The tokens of an evaluation window: those asked for, or 512, if the model takes so many."""
+    limit = getattr(model.config, "max_position_embeddings", None) or 512
+    if sequence_length is not None and sequence_length > limit:
+        raise PrunePathError(f"sequence_length must be at most the model's {limit}, got {sequence_length}.")
+    return sequence_length or min(512, limit)
 
 
 def _texts(data: list[str], text_column: str):

@@ -68,7 +68,7 @@ def test_wheel_holds_the_package_and_nothing_else(source, tmp_path):
     assert libraries == {f"prunepath/_C{SUFFIX}", f"prunepath/_host{SUFFIX}"}
     expected = {
         f"prunepath/{path.relative_to(ROOT / 'prunepath').as_posix()}"
-        for pattern in ("*.py", "demo/model/*")
+        for pattern in ("*.py", "demo/model/*", "eval/*.jinja")
         for path in (ROOT / "prunepath").rglob(pattern)
     } | {
         f"prunepath/triton_kernels/{path.relative_to(ROOT / 'triton_kernels').as_posix()}"
@@ -84,7 +84,7 @@ def test_sdist_holds_what_a_build_needs(source, tmp_path):
     (sdist,) = tmp_path.glob("*.tar.gz")
     names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
     folders = ("csrc", "prunepath", "triton_kernels", "python_tests")
-    patterns = (".cpp", ".h", ".cu", ".cuh", ".py")
+    patterns = (".cpp", ".h", ".cu", ".cuh", ".py", ".jinja")
     needed = {
         path.relative_to(ROOT).as_posix()
         for folder in folders

@@ -1,12 +1,15 @@
-"""Pictures of trade-off curves; the only module that needs matplotlib."""
+"""Pictures of what was measured; the only module that needs matplotlib."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from prunepath.errors import PrunePathError
 from prunepath.eval.files import replacing
+
+_MISSING = "Plots need matplotlib, which is not installed (pip install matplotlib)."
 
 
 def plot_tradeoff(rows: Sequence[dict], path: str | Path, *, title: str = "") -> None:
@@ -24,7 +27,7 @@ def plot_tradeoff(rows: Sequence[dict], path: str | Path, *, title: str = "") ->
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise PrunePathError("Plots need matplotlib, which is not installed (pip install matplotlib).") from error
+        raise PrunePathError(_MISSING) from error
 
     rows = sorted(rows, key=lambda row: row["active_fraction"])
     active = [100 * row["active_fraction"] for row in rows]
@@ -51,3 +54,28 @@ def plot_tradeoff(rows: Sequence[dict], path: str | Path, *, title: str = "") ->
         figure.suptitle(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=144)
+
+
+def heat_map(values: Sequence[Sequence[float]], color: tuple[int, int, int]) -> bytes:
+    """A PNG of one pixel a value: `color` at an opacity of 0 to 1, so that it suits any background.
+
+    Args:
+        values: rows of equal length, of numbers in [0, 1].
+        color: red, green, blue, each 0 to 255.
+
+    Raises:
+        PrunePathError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.image import imsave
+    except ImportError as error:
+        raise PrunePathError(_MISSING) from error
+    import numpy as np
+
+    opacity = np.rint(255 * np.asarray(values, dtype=np.float64)).astype(np.uint8)
+    pixels = np.empty((*opacity.shape, 4), dtype=np.uint8)
+    pixels[..., :3] = color
+    pixels[..., 3] = opacity
+    buffer = io.BytesIO()
+    imsave(buffer, pixels, format="png")
+    return buffer.getvalue()

@@ -49,18 +49,49 @@ class CountRecord:
         return sum(w * f for w, f in zip(widths, self.per_layer, strict=True)) / sum(widths)
 
 
+class ExpertUsage:
+    """Which experts the router chooses, gathered by `observe` as an `observe_input` hook.
+
+    Attributes:
+        tokens: for each FFN, the tokens seen.
+        active: for each FFN an int64 tensor [E]: how many of them run each expert.
+        histogram: for each FFN an int64 tensor [E + 1]: how many of them run 0, 1, … E experts.
+    """
+
+    def __init__(self, ffns: Iterable[SparseFFN]) -> None:
+        self._index = {ffn: i for i, ffn in enumerate(ffns)}
+        self.tokens = [0] * len(self._index)
+        self.active = [torch.zeros(ffn.num_experts, dtype=torch.int64) for ffn in self._index]
+        self.histogram = [torch.zeros(ffn.num_experts + 1, dtype=torch.int64) for ffn in self._index]
+
+    def observe(self, ffn: SparseFFN, x: torch.Tensor) -> None:
+        """x: [T, H], without padding."""
+        i = self._index[ffn]
+        expert_ids, _, counts = ffn.route(x)
+        self.tokens[i] += len(x)
+        self.active[i] += torch.bincount(expert_ids[expert_ids >= 0].cpu(), minlength=ffn.num_experts)
+        self.histogram[i] += torch.bincount(counts.cpu(), minlength=ffn.num_experts + 1)
+
+
+@contextlib.contextmanager
+def observing_counts(ffns: Iterable[SparseFFN], observer: Callable[[SparseFFN, torch.Tensor], None]) -> Iterator[None]:
+    """Attaches an `observe_counts` hook to each FFN inside the `with` block, in place of the one it has."""
+    before = {ffn: ffn.observe_counts for ffn in ffns}
+    for ffn in before:
+        ffn.observe_counts = observer
+    try:
+        yield
+    finally:
+        for ffn, former in before.items():
+            ffn.observe_counts = former
+
+
 @contextlib.contextmanager
 def counting(ffns: Iterable[SparseFFN]) -> Iterator[CountRecord]:
     """Records the experts per token of every call inside the `with` block."""
     record = CountRecord(ffns)
-    before = {ffn: ffn.observe_counts for ffn in record._ffns}
-    for ffn in before:
-        ffn.observe_counts = record.add
-    try:
+    with observing_counts(record._ffns, record.add):
         yield record
-    finally:
-        for ffn, observer in before.items():
-            ffn.observe_counts = observer
 
 
 @contextlib.contextmanager

@@ -260,17 +260,21 @@ class SparseFFN(nn.Module):
         length = num_tokens // len(self.padding_mask)  # with a KV cache, a call has only the sequences' last tokens
         return self.padding_mask[:, -length:].flatten() if length <= self.padding_mask.shape[1] else None
 
-    def active_mask(self, x: torch.Tensor) -> torch.Tensor:
-        """Which experts run for x [T, H]: bool [T, E]. No gradient passes through the selection."""
+    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The router's choice for x [T, H], (expert_ids, probs, counts) as of `prunepath.ops.route`, without gradient."""
         with torch.no_grad():
-            expert_ids, _, counts = self._backend().route(
+            return self._backend().route(
                 self.router(x), self._threshold, min_experts=self.min_experts, max_experts=self.max_experts
             )
-            if self.observe_counts is not None:
-                self.observe_counts(self, counts)
-            columns = torch.where(expert_ids < 0, self.num_experts, expert_ids).long()
-            mask = torch.zeros(len(x), self.num_experts + 1, dtype=torch.bool, device=x.device)
-            return mask.scatter_(1, columns, True)[:, : self.num_experts]
+
+    def active_mask(self, x: torch.Tensor) -> torch.Tensor:
+        """Which experts run for x [T, H]: bool [T, E]. No gradient passes through the selection."""
+        expert_ids, _, counts = self.route(x)
+        if self.observe_counts is not None:
+            self.observe_counts(self, counts)
+        columns = torch.where(expert_ids < 0, self.num_experts, expert_ids).long()
+        mask = torch.zeros(len(x), self.num_experts + 1, dtype=torch.bool, device=x.device)
+        return mask.scatter_(1, columns, True)[:, : self.num_experts]
 
     def skip(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """`hidden` [T, D] with the neurons of inactive experts at their mean, or at zero without centring.

@@ -1,0 +1,174 @@
+"""A report's numbers are those of the model, and its page is whole, self-contained and safe."""
+
+import html.parser
+import re
+
+import pytest
+import torch
+
+import prunepath
+from prunepath.errors import PrunePathError
+from prunepath.eval.perplexity import evaluate
+from prunepath.eval.report import measure, split_pieces, write_report
+from prunepath.modeling import sparse_ffns
+
+PASSAGE = "Naïve <b>façade</b> & 日本 🎉\n"
+
+
+@pytest.fixture
+def numbers(sparse, tokenizer, texts):
+    prunepath.set_threshold(sparse, [0.5, 0.25])
+    found = measure(
+        sparse, tokenizer, iter([PASSAGE, *texts[:4]]), name="<model>", budgets=[0.25, 0.5], sequence_length=96
+    )
+    assert prunepath.get_thresholds(sparse) == [0.5, 0.25]
+    return found
+
+
+class Page(html.parser.HTMLParser):
+    """The text, the tags and the attributes of a page."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.attributes, self.open, self.text = [], [], ""
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        self.attributes += [(tag, name, value) for name, value in attributes]
+        if tag not in ("meta", "img", "input", "polyline", "path"):
+            self.open.append(tag)
+
+    handle_startendtag = handle_starttag
+
+    def handle_endtag(self, tag):
+        if tag in ("polyline", "path"):
+            return
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def page_of(numbers, tmp_path):
+    write_report(numbers, tmp_path / "report.html")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(source)
+    assert page.open == []
+    return source, page
+
+
+def test_rows_go_from_dense_to_sparse_and_agree_with_an_evaluation(numbers, sparse, tokenizer, texts):
+    assert [row["budget"] for row in numbers["rows"]] == [1.0, 0.5, 0.25]
+    assert numbers["rows"][0]["active_fraction"] == 1.0
+    for row in numbers["rows"]:
+        prunepath.set_threshold(sparse, row["thresholds"])
+        expected = evaluate(sparse, tokenizer, [PASSAGE, *texts[:4]], sequence_length=96)
+        assert row["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-6)
+        assert row["active_fraction"] == pytest.approx(expected.active_fraction)
+
+
+def test_layers_experts_and_histogram_are_of_the_same_tokens(numbers):
+    for row in numbers["rows"]:
+        assert row["active_fraction"] == pytest.approx(sum(row["per_layer"]) / 2)
+        for layer, usage in zip(row["per_layer"], row["usage"], strict=True):
+            assert layer == pytest.approx(sum(usage) / 8)
+            assert all(0 <= share <= 1 for share in usage)
+        assert len(row["histogram"]) == 9
+        mean = sum(i * n for i, n in enumerate(row["histogram"])) / sum(row["histogram"])
+        assert mean / 8 == pytest.approx(row["active_fraction"])
+    assert len(set(numbers["rows"][2]["usage"][0])) > 1, "experts differ in how often they run"
+
+
+def test_the_passage_has_the_counts_of_its_tokens(numbers, sparse, tokenizer):
+    pieces = numbers["passage"]["pieces"]
+    assert "".join(pieces) == PASSAGE
+    sizes = [len(piece.encode()) for piece in pieces]
+    assert numbers["passage"]["tokens"] == sizes, "a token is a byte, a piece a character"
+    assert set(numbers["passage"]["counts"][0][0]) == {8.0}
+    prunepath.set_threshold(sparse, numbers["rows"][1]["thresholds"])
+    found = {}
+    for ffn in sparse_ffns(sparse).values():
+        ffn.observe_counts = lambda ffn, counts: found.__setitem__(ffn, counts.double())
+    with torch.no_grad():
+        sparse(torch.tensor([[0, *tokenizer(PASSAGE)["input_ids"]]]))
+    at = 1
+    for size, counts in zip(sizes, numbers["passage"]["counts"][1], strict=True):
+        expected = [taken[at : at + size].mean().item() for taken in found.values()]
+        assert counts == pytest.approx(expected, abs=0.006)
+        at += size
+
+
+def test_characters_that_take_several_tokens_stay_whole(tokenizer):
+    ids = tokenizer("é日🎉a")["input_ids"]
+    assert [(text, len(part)) for text, part in split_pieces(tokenizer, ids)] == [
+        ("é", 2),
+        ("日", 3),
+        ("🎉", 4),
+        ("a", 1),
+    ]
+    # A text cut inside a character, and one that has the replacement character itself.
+    assert [text for text, _ in split_pieces(tokenizer, ids[:4])] == ["é", "\ufffd"]
+    assert "".join(text for text, _ in split_pieces(tokenizer, tokenizer("a\ufffdb")["input_ids"])) == "a\ufffdb"
+
+
+def test_the_page_is_self_contained_and_shows_text_as_text(numbers, tmp_path):
+    source, page = page_of(numbers, tmp_path)
+    links = [value for _, name, value in page.attributes if name in ("src", "href", "srcset", "action")]
+    assert links and all(value.startswith("data:image/png;base64,") for value in links)
+    assert not re.search(r"url\(|@import|https?://", source)
+    assert "<model>" in page.text
+    assert PASSAGE in page.text
+    assert "<b>façade" not in source
+    assert not re.search(r"\b(nan|inf|undefined|None)\b", source.split("<body>")[1].split("<script>")[0])
+
+
+def test_every_budget_has_its_point_picture_and_passage(numbers, tmp_path):
+    source, page = page_of(numbers, tmp_path)
+    assert sum(name == "data-map" for _, name, _ in page.attributes) == 3
+    assert source.count('class="passage"') == 3
+    assert sum(value is not None and "bits per byte" in value and "\n" in value for _, _, value in page.attributes) == 3
+    checked = [tag for tag, name, _ in page.attributes if name == "checked"]
+    assert checked == ["input"]
+
+
+def test_many_layers_and_experts_make_a_page_of_bounded_size(numbers, tmp_path):
+    layers, experts = 80, 512
+    for row in numbers["rows"]:
+        row.update(per_layer=[0.5] * layers, usage=[[0.5] * experts] * layers, histogram=[1] * (experts + 1))
+    passage = {"pieces": ["x"] * 256, "tokens": [1] * 256, "counts": [[[3.25] * layers] * 256] * 3}
+    source, page = page_of(numbers | dict(layers=layers, num_experts=experts, passage=passage), tmp_path)
+    assert len(source) < 1e6
+    tips = [value for _, name, value in page.attributes if name == "data-tip"]
+    assert len(tips) < 1100
+    assert any(value.startswith("1–8 experts") for value in tips), "bars hold several counts"
+
+
+def test_one_layer_and_one_budget_make_a_page(numbers, tmp_path):
+    rows = numbers["rows"][:2]
+    for row in rows:
+        row.update(per_layer=row["per_layer"][:1], usage=row["usage"][:1])
+    counts = [[piece[:1] for piece in of_row] for of_row in numbers["passage"]["counts"][:2]]
+    page_of(numbers | dict(layers=1, rows=rows, passage=numbers["passage"] | {"counts": counts}), tmp_path)
+
+
+def test_the_dense_budget_alone_is_refused(sparse, tokenizer, texts):
+    with pytest.raises(PrunePathError, match="at least one budget below 1"):
+        measure(sparse, tokenizer, texts, name="m", budgets=[1.0], sequence_length=32)
+
+
+def test_dense_and_uncalibrated_models_are_refused(dense, sparse, tokenizer, texts):
+    options = dict(name="m", budgets=[0.5], sequence_length=32)
+    with pytest.raises(PrunePathError, match="sparse checkpoint to report on, got a dense Llama"):
+        measure(dense, tokenizer, texts, **options)
+    sparse.config.quantization_config["budgets"] = {}
+    with pytest.raises(PrunePathError, match="calibrated budgets"):
+        measure(sparse, tokenizer, texts, **options)
+
+
+def test_a_model_that_is_ruined_is_refused_and_has_its_thresholds_again(sparse, tokenizer, texts):
+    prunepath.set_threshold(sparse, [0.5, 0.25])
+    torch.nn.init.constant_(sparse.lm_head.weight, float("nan"))
+    with pytest.raises(PrunePathError, match="finite loss"):
+        measure(sparse, tokenizer, texts, name="m", budgets=[0.5], sequence_length=32)
+    assert prunepath.get_thresholds(sparse) == [0.5, 0.25]
