@@ -261,7 +261,7 @@ class SparseFFN(nn.Module):
         return self.padding_mask[:, -length:].flatten() if length <= self.padding_mask.shape[1] else None
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The router's choice for x [T, H], (expert_ids, probs, counts) as of `prunepath.ops.route`, without gradient."""
+        """The router's (expert_ids, probs, counts) for x [T, H], as of `prunepath.ops.route`. No gradient."""
         with torch.no_grad():
             return self._backend().route(
                 self.router(x), self._threshold, min_experts=self.min_experts, max_experts=self.max_experts
