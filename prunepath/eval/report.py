@@ -67,7 +67,8 @@ def measure(
     budgets = sorted({1.0, *budgets}, reverse=True)
     if iter(texts) is texts:
         texts = list(texts)
-    pieces = _passage(tokenizer, texts, min(PASSAGE_TOKENS, sequence_length))
+    # The beginning token takes one place of the window.
+    pieces = _passage(tokenizer, texts, max(1, min(PASSAGE_TOKENS, sequence_length - 1)))
     before = prunepath.get_thresholds(model)
     rows, counts = [], []
     try:
@@ -179,7 +180,7 @@ def _passage_counts(model, tokenizer, pieces: Sequence[tuple[str, list[int]]]) -
     found = {}
     was_training = model.training
     model.eval()
-    with observing_counts(ffns, lambda ffn, counts: found.__setitem__(ffn, counts.double().cpu())):
+    with observing_counts(ffns, lambda ffn, counts: found.__setitem__(ffn, counts.cpu().double())):
         model(input_ids=torch.tensor([ids], device=next(model.parameters()).device), use_cache=False)
     model.train(was_training)
     counts = torch.stack([found[ffn] for ffn in ffns], dim=1)[start is not None :]  # [T, layers]

@@ -21,9 +21,10 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
-    raise PrunePathError(
-        f"Expected lm-evaluation-harness, which is not installed whole ({error}): pip install 'prunepath[eval]'."
-    ) from error
+    missing = f"Expected lm-evaluation-harness, but it is not installed whole ({error}): pip install 'prunepath[eval]'."
+    if __name__ == "__main__":
+        sys.exit(f"Error: {missing}")
+    raise PrunePathError(missing) from error
 
 
 @register_model("prunepath")

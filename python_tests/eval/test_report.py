@@ -99,6 +99,18 @@ def test_the_passage_has_the_counts_of_its_tokens(numbers, sparse, tokenizer):
         at += size
 
 
+@pytest.mark.parametrize("sequence_length", [2, 16])
+def test_no_call_is_longer_than_the_window(sparse, tokenizer, texts, sequence_length):
+    lengths = []
+    sparse.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    options = dict(name="m", budgets=[0.5], sequence_length=sequence_length, max_tokens=40)
+    numbers = measure(sparse, tokenizer, texts, **options)
+    assert max(lengths) == sequence_length
+    assert "".join(numbers["passage"]["pieces"]) == texts[0][: sequence_length - 1]
+
+
 def test_characters_that_take_several_tokens_stay_whole(tokenizer):
     ids = tokenizer("é日🎉a")["input_ids"]
     assert [(text, len(part)) for text, part in split_pieces(tokenizer, ids)] == [

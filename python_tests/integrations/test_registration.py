@@ -32,3 +32,18 @@ def test_the_quantizer_is_registered_in_either_order(run, first):
         "print(torch.ops.prunepath.route(torch.zeros(1, 4), 0.5)[2].tolist())"
     )
     assert run(script).splitlines() == ["PrunePathQuantizer PrunePathQuantizationConfig", "[2]"]
+
+
+@pytest.mark.parametrize(("name", "error"), [("module", "PrunePathError"), ("__main__", "SystemExit")])
+def test_without_lm_eval_its_integration_says_what_to_install(run, name, error):
+    script = (
+        "import runpy, sys\n"
+        "sys.modules['lm_eval'] = None\n"
+        "try:\n"
+        f"    runpy.run_module('prunepath.integrations.lm_eval', run_name={name!r})\n"
+        "except BaseException as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+    message = run(script)
+    assert message.startswith(error)
+    assert message.endswith("pip install 'prunepath[eval]'.")
