@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -300,7 +301,7 @@ def train(
     data: DataOption,
     text_column: TextColumnOption = "text",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 500,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows of a step, of all processes together.")] = 16,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 512,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the backbone.")] = 3e-4,
     router_learning_rate: Annotated[
@@ -321,7 +322,7 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a sparse model at random budgets, so that one checkpoint serves all of them, and write OUT."""
-    from prunepath.finetune import FineTuning, finetune
+    from prunepath.finetune import FineTuning, finetune, is_first_process
     from prunepath.modeling import check_output_folder
 
     config = FineTuning(
@@ -347,7 +348,10 @@ def train(
         trained, rows = finetune(
             loaded, tokenizer, texts, config, folder=folder, teacher=dense, resume=resume, progress=True
         )
+        if not is_first_process():
+            return
         prunepath.save(trained, tokenizer, out)
+        shutil.rmtree(folder, ignore_errors=True)
         results.json({"model": model, "out": str(out), "rows": rows})
         results.table(rows)
         results.text(f"Wrote {out}.")

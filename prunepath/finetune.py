@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ class FineTuning:
 
     Args:
         steps: optimiser steps.
-        batch_size: windows of a step.
+        batch_size: windows of a step, of all processes together.
         sequence_length: tokens of a window.
         learning_rate: peak of the backbone's learning rate (AdamW, warm-up over a twentieth, then cosine to zero).
         router_learning_rate: the same of the routers; None is three times the backbone's.
@@ -79,14 +78,17 @@ def finetune(
     resume: bool = False,
     progress: bool = False,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
-    """Fine-tunes a sparse language model at budgets drawn at random, and calibrates its budgets anew.
+    """Fine-tunes a sparse causal language model at budgets drawn at random, and calibrates its budgets anew.
+
+    Under `accelerate launch` or `torchrun` all processes train one model together, and the first alone calibrates and
+    measures it: `is_first_process` says which one has the result.
 
     Args:
         model: a sparse model, on the device to work on; changed in place.
         tokenizer: its tokenizer; None if `texts` are token ids.
         texts: training data, as for `prunepath.convert`. Some of it is held out to calibrate and to report on.
         config: see `FineTuning`.
-        folder: where the state of the training is kept; removed at the end.
+        folder: where the state of the training is kept. Remove it when the result is safe.
         any_budget: which budgets are drawn.
         teacher: the dense model; None is `model` as it is now, with all its experts.
         resume: go on with the interrupted run in `folder`, if there is one.
@@ -97,11 +99,14 @@ def finetune(
         nats a token on held-out windows.
 
     Raises:
-        PrunePathError: a dense model, too little data, a missing package, or another run's state in `folder`.
+        PrunePathError: a dense model or one of another kind, a GPU that is not the first, too little data, a missing
+            package, or another run's state in `folder`.
     """
     config = config or FineTuning()
     sparsity = description_of(model).config
     _check_packages(config)
+    _check_model(model)
+    _check_processes(config)
     folder = Path(folder)
     wanted = config.steps * config.batch_size * config.sequence_length
     held_out_tokens = _HELD_OUT_TOKENS + sparsity.calibration_tokens
@@ -112,23 +117,56 @@ def finetune(
         max(1, min(tokens // length, len(windows) // 4)) for tokens in (_HELD_OUT_TOKENS, sparsity.calibration_tokens)
     )
     held_out, calibrating, training = windows.split([report, calibration, len(windows) - report - calibration])
-    _prepare_folder(folder, config, resume)
 
-    device = next(model.parameters()).device
-    rows = [{"input_ids": part.to(device), "labels": part.to(device)} for part in held_out.split(4)]
-    before = _losses(model, rows)
+    before = []
+    if is_first_process():
+        _prepare_folder(folder, config, resume)
+        before = _losses(model, held_out)
     trained = _prepare_backbone(model, config)
     _train(trained, training, config, folder, any_budget, teacher, progress)
     if config.backbone == "lora":
         model = trained.merge_and_unload()
     model.requires_grad_(True).eval()
+    if not is_first_process():
+        return model, []
     calibrate(model, None, list(calibrating), progress=progress)
-    after = _losses(model, rows)
-    shutil.rmtree(folder, ignore_errors=True)
+    after = _losses(model, held_out)
     return model, [
         {"budget": budget, "loss_before": b, "loss_after": a}
         for budget, b, a in zip(REPORTED_BUDGETS, before, after, strict=True)
     ]
+
+
+def is_first_process() -> bool:
+    """Whether this process was started alone, or as the first by `accelerate launch` or `torchrun`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_model(model: nn.Module) -> None:
+    from prunepath.train.trainer import predicts_next
+
+    if not predicts_next(model):
+        raise PrunePathError(
+            f"Expected a causal language model to fine-tune on text, got {type(model).__name__}: train it on its own "
+            "task with prunepath.train.trainer.AnyBudgetTrainer."
+        )
+    device = next(model.parameters()).device
+    if device.type == "cuda" and device.index and _num_processes() == 1:
+        raise PrunePathError(
+            f"Expected a model on the first GPU, where transformers' Trainer trains, got {device}: choose the GPU with "
+            "CUDA_VISIBLE_DEVICES."
+        )
+
+
+def _check_processes(config: FineTuning) -> None:
+    if config.batch_size % _num_processes():
+        raise PrunePathError(
+            f"batch_size must be a multiple of the {_num_processes()} processes, got {config.batch_size}."
+        )
 
 
 def _check_packages(config: FineTuning) -> None:
@@ -167,6 +205,7 @@ def _prepare_backbone(model: nn.Module, config: FineTuning) -> nn.Module:
         return model
     import peft
 
+    torch.manual_seed(config.seed)  # of the low-rank updates' first weights
     return peft.get_peft_model(
         model,
         peft.LoraConfig(
@@ -193,19 +232,21 @@ def _train(
 
     from prunepath.train.trainer import AnyBudgetTrainer
 
+    device = next(model.parameters()).device.type
     trainer = AnyBudgetTrainer(
         model,
         TrainingArguments(
             output_dir=str(folder),
             max_steps=config.steps,
-            per_device_train_batch_size=config.batch_size,
+            per_device_train_batch_size=config.batch_size // _num_processes(),
             learning_rate=config.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=max(1, config.steps // 20),
             weight_decay=0.1,
             adam_beta2=0.95,
-            bf16=next(model.parameters()).device.type == "cuda",
-            use_cpu=next(model.parameters()).device.type == "cpu",
+            bf16=device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
+            use_cpu=device == "cpu",
+            ddp_backend="gloo" if device == "cpu" and _num_processes() > 1 else None,
             save_steps=config.save_steps,
             save_total_limit=1,
             report_to=[],
@@ -218,11 +259,14 @@ def _train(
         distillation_weight=config.distillation_weight,
         router_learning_rate=config.router_learning_rate,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None  # the first process makes the folder
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def _losses(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> list[float]:
+def _losses(model: nn.Module, windows: torch.Tensor) -> list[float]:
     """Mean loss at each of `REPORTED_BUDGETS`; the model is dense afterwards."""
+    device = next(model.parameters()).device
+    batches = [{"input_ids": part, "labels": part} for part in windows.to(device).split(4)]
     was_training = model.training
     model.eval()
     losses = []

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import random
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ class AnyBudget:
                 loss = model(**batch).loss + any_budget.router_loss()
                 ...
 
-    In evaluation mode the model runs at its thresholds, as without this object.
+    In evaluation mode the model runs at its thresholds, as without this object, or at a budget: `evaluating_at`.
 
     Args:
         model: a sparse model.
@@ -66,11 +67,13 @@ class AnyBudget:
         self.config = config or AnyBudgetConfig()
         self.budget = 1.0
         self._model = model
+        self._seed = seed
         self._ffns = [module for module in model.modules() if isinstance(module, SparseFFN)]
         if not self._ffns:
             raise PrunePathError(f"Expected a model converted by prunepath, got a dense {type(model).__name__}.")
         self._random = random.Random(seed)
         self._fractions = dict.fromkeys(self._ffns, 1.0)
+        self._evaluation_budget: float | None = None
         self._losses: dict[SparseFFN, torch.Tensor] = {}
         self._attached: contextlib.ExitStack | None = None
 
@@ -106,12 +109,39 @@ class AnyBudget:
             self.budget = 1.0
         else:
             self.budget = config.min_budget ** self._random.random()
-        shares = [math.exp(self._random.gauss(0.0, config.layer_jitter)) for _ in self._ffns]
-        widths = [ffn.intermediate_size for ffn in self._ffns]
-        mean = sum(w * s for w, s in zip(widths, shares, strict=True)) / sum(widths)
-        for ffn, share in zip(self._ffns, shares, strict=True):
-            self._fractions[ffn] = 1.0 if self.budget == 1.0 else min(1.0, self.budget * share / mean)
+        shares = {ffn: math.exp(self._random.gauss(0.0, config.layer_jitter)) for ffn in self._ffns}
+        # Each FFN gets its share of the neurons that the budget affords, and those that would get more than all of
+        # theirs leave the rest to the others.
+        affordable = self.budget * sum(ffn.intermediate_size for ffn in self._ffns)
+        wanted = sum(ffn.intermediate_size * share for ffn, share in shares.items())
+        for ffn, share in sorted(shares.items(), key=lambda item: item[1], reverse=True):
+            width = ffn.intermediate_size
+            self._fractions[ffn] = 1.0 if self.budget == 1.0 else min(1.0, affordable * share / wanted)
+            affordable -= width * self._fractions[ffn]
+            wanted -= width * share
         return self.budget
+
+    def restart(self, draws: int = 0) -> None:
+        """Draws the same budgets again, those after the first `draws` of them: a resumed training goes on with them."""
+        self._random = random.Random(self._seed)
+        for _ in range(draws):
+            self.draw()
+
+    @contextlib.contextmanager
+    def evaluating_at(self, budget: float) -> Iterator[None]:
+        """Inside the `with` block, passes in evaluation mode run at `budget`, in every FFN, and not at thresholds.
+
+        Each batch gets the thresholds that fit it best, so this needs no calibration.
+        """
+        was_attached = self._attached is not None
+        self._evaluation_budget = check_fraction("budget", budget)
+        self.attach()
+        try:
+            yield
+        finally:
+            self._evaluation_budget = None
+            if not was_attached:
+                self.detach()
 
     def router_loss(self) -> torch.Tensor:
         """Mean over FFNs and tokens of KL(c/Σc ‖ softmax(z)) in the last forward pass, a scalar in nats.
@@ -121,14 +151,25 @@ class AnyBudget:
         """
         if len(self._losses) != len(self._ffns):
             raise PrunePathError("Expected a forward pass in training mode, after draw(), before router_loss().")
-        losses = torch.stack(list(self._losses.values()))
+        loss = torch.stack(list(self._losses.values())).mean()
         self._losses.clear()
-        return losses.mean()
+        if (
+            torch.is_grad_enabled()
+            and not loss.requires_grad
+            and any(f.router.weight.requires_grad for f in self._ffns)
+        ):
+            raise PrunePathError(
+                "Expected a forward pass with gradients before router_loss(), got one without: reentrant gradient "
+                "checkpointing hides them, use_reentrant=False does not."
+            )
+        return loss
 
     def _select(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        if not ffn.training:
-            return ffn.active_mask(x)
         valid = ffn.valid_tokens(len(x))
+        if not ffn.training:
+            if self._evaluation_budget is None:
+                return ffn.active_mask(x)
+            return mass_quantile_mask(ffn.router(x), valid, self._evaluation_budget, ffn.min_experts, ffn.max_experts)
         with torch.autocast(x.device.type, enabled=False):  # logits in half precision tie
             logits = ffn.router(x.detach())
             with torch.no_grad():
@@ -159,14 +200,16 @@ def mass_quantile_mask(
         return torch.ones_like(logits, dtype=torch.bool)
     probs, order = logits.softmax(-1).sort(-1, descending=True)
     before = probs.cumsum(-1) - probs
-    # Everything stays on the device: padding goes behind all others, and the rank is a tensor where it depends on it.
+    # The host never waits for the device: padding goes behind all others, and only there is the rank a tensor, which
+    # index_select takes as it is.
     if valid is None:
-        rank = torch.tensor(round(fraction * before.numel()), device=logits.device)
         values = before.flatten().sort().values
+        threshold = values[min(round(fraction * len(values)), len(values) - 1)]
     else:
-        rank = (valid.sum() * (fraction * logits.shape[1])).round().long()
         values = before.masked_fill(~valid.unsqueeze(1), 2.0).flatten().sort().values
-    active = before < values[rank.clamp(max=before.numel() - 1)]
+        rank = (valid.sum(0, keepdim=True) * (fraction * logits.shape[1])).round().long()
+        threshold = values.index_select(0, rank.clamp(max=len(values) - 1))
+    active = before < threshold
     active[:, :min_experts] = True
     if max_experts:
         active[:, max_experts:] = False
@@ -185,7 +228,15 @@ def distillation_loss(
         student_logits, teacher_logits: [..., V]; no gradient goes to the teacher.
         mask: bool [...], positions that count; None for all.
         temperature: both logits are divided by it, and the loss is multiplied by its square.
+
+    Raises:
+        PrunePathError: for a teacher with other positions or another vocabulary.
     """
+    if student_logits.shape != teacher_logits.shape:
+        raise PrunePathError(
+            f"Expected teacher logits of the student's shape {list(student_logits.shape)}, got "
+            f"{list(teacher_logits.shape)}."
+        )
     student = (student_logits.float() / temperature).log_softmax(-1)
     teacher = (teacher_logits.detach().float() / temperature).log_softmax(-1)
     losses = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prunepath.errors import PrunePathError
 from prunepath.nn import SparseFFN
+from prunepath.nn.thresholds import check_fraction
 from prunepath.train.any_budget import AnyBudget, AnyBudgetConfig, distillation_loss
 
 ROUTER_RATE = 3.0
@@ -22,9 +24,15 @@ def is_router(name: str) -> bool:
     return "router" in name.split(".")
 
 
-def dense_teacher(model: nn.Module) -> nn.Module:
-    """A frozen copy of a sparse model that runs all experts."""
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+def dense_teacher(model: nn.Module, *, share_frozen: bool = False) -> nn.Module:
+    """A frozen copy of a sparse model that runs all experts.
+
+    Args:
+        share_frozen: parameters that need no gradient are the model's own, not copies: with LoRA nearly all of them.
+            They must then stay frozen.
+    """
+    shared = {id(p): p for p in model.parameters() if share_frozen and not p.requires_grad}
+    teacher = copy.deepcopy(model, shared).eval().requires_grad_(False)
     for module in teacher.modules():
         if isinstance(module, SparseFFN):
             module.threshold = 1.0
@@ -41,8 +49,12 @@ class AnyBudgetTrainer(Trainer):
 
     Args:
         model: a sparse model.
-        teacher: the dense model, with the same vocabulary; None takes a frozen copy of `model` with all its experts.
+        teacher: the dense model, with the same vocabulary; None takes `model` as it is now with all its experts, which
+            costs memory for a copy of the weights that train. Where only routers train, no teacher is used: nothing
+            could learn from it.
         any_budget: see `AnyBudgetConfig`.
+        evaluation_budgets: `evaluate` measures at these too, for example as `eval_0.25_loss`, beside the model's own
+            thresholds (`eval_loss`).
         distillation_weight: 0 uses no teacher.
         router_weight: of the routers' loss.
         router_learning_rate: None is `ROUTER_RATE` times the learning rate of the arguments.
@@ -56,6 +68,7 @@ class AnyBudgetTrainer(Trainer):
         *,
         teacher: nn.Module | None = None,
         any_budget: AnyBudgetConfig | None = None,
+        evaluation_budgets: Sequence[float] = (),
         distillation_weight: float = 1.0,
         router_weight: float = 1.0,
         router_learning_rate: float | None = None,
@@ -65,17 +78,23 @@ class AnyBudgetTrainer(Trainer):
         # Every parameter gets a gradient in every step, though the routers get none from the model's own output.
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # nn.DataParallel would train copies of the FFNs; accelerate starts a process for each GPU
         super().__init__(model, args, **keywords)
         # The loss is then a mean over each micro-batch, as the two other terms are.
         self.model_accepts_loss_kwargs = False
         self.any_budget = AnyBudget(model, any_budget, seed=self.args.seed)
+        self.add_callback(_ContinueBudgets(self.any_budget))
+        self.evaluation_budgets = [check_fraction("budget", budget) for budget in evaluation_budgets]
         self.distillation_weight = distillation_weight
         self.router_weight = router_weight
         self.router_learning_rate = router_learning_rate
         self.teacher = None
-        if distillation_weight:
-            teacher = dense_teacher(model) if teacher is None else teacher.eval().requires_grad_(False)
-            self.teacher = teacher.to(self.args.device)
+        if distillation_weight and any(p.requires_grad for name, p in model.named_parameters() if not is_router(name)):
+            if teacher is None:
+                sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # takes the model's own storage apart
+                teacher = dense_teacher(model, share_frozen=not sharded)
+            self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
 
     def create_optimizer(self, *arguments: Any, **keywords: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -101,13 +120,39 @@ class AnyBudgetTrainer(Trainer):
         self.any_budget.draw()
         loss, outputs = super().compute_loss(model, inputs, True, **keywords)
         if self.teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():
                 teacher_logits = self.teacher(**inputs).logits
             loss = loss + self.distillation_weight * distillation_loss(
                 outputs.logits, teacher_logits, predicted_positions(self.teacher, inputs, outputs.logits)
             )
         loss = loss + self.router_weight * self.any_budget.router_loss()
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(
+        self,
+        dataloader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ):
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        for budget in self.evaluation_budgets:
+            prefix = f"{metric_key_prefix}_{budget:g}"
+            with self.any_budget.evaluating_at(budget):
+                at_budget = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, prefix)
+            output.metrics.update(at_budget.metrics)
+        return output
+
+
+class _ContinueBudgets(TrainerCallback):
+    """Lets a resumed training draw the budgets that the interrupted one would have drawn."""
+
+    def __init__(self, any_budget: AnyBudget) -> None:
+        self.any_budget = any_budget
+
+    def on_train_begin(self, args, state, control, **_: Any) -> None:
+        self.any_budget.restart(state.global_step * args.gradient_accumulation_steps)
 
 
 def predicted_positions(model: nn.Module, inputs: dict, logits: torch.Tensor) -> torch.Tensor | None:
@@ -116,12 +161,13 @@ def predicted_positions(model: nn.Module, inputs: dict, logits: torch.Tensor) ->
     if labels is None or logits.dim() != 3 or labels.shape != logits.shape[:2]:
         return None
     scored = labels != -100
-    if getattr(model.config, "is_encoder_decoder", False) or not _predicts_next(model):
+    if getattr(model.config, "is_encoder_decoder", False) or not predicts_next(model):
         return scored
     return torch.cat([scored[:, 1:], torch.zeros_like(scored[:, :1])], dim=1)  # logits i predict label i + 1
 
 
-def _predicts_next(model: nn.Module) -> bool:
+def predicts_next(model: nn.Module) -> bool:
+    """Whether this is a causal language model, whose logits i score label i + 1."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # a peft model stands around it
@@ -152,6 +198,7 @@ class AnyBudgetCallback(TrainerCallback):
                 "Expected one process and no fp16 loss scaling with AnyBudgetCallback; for those there "
                 "is AnyBudgetTrainer."
             )
+        self.any_budget.restart(state.global_step * args.gradient_accumulation_steps)
         self.any_budget.attach()
 
     def on_step_begin(self, args, state, control, **_: Any) -> None:

@@ -1,13 +1,16 @@
 """`prunepath train`: fine-tunes a sparse checkpoint, goes on after an interruption, refuses what it cannot do."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import prunepath
 from prunepath.finetune import FineTuning, finetune
-from prunepath.train.trainer import is_router
+from prunepath.train.trainer import AnyBudgetTrainer, is_router
 
 OPTIONS = "--steps 4 --batch-size 2 --sequence-length 32".split()
 
@@ -36,28 +39,70 @@ def test_train_writes_an_ordinary_checkpoint(prunepath_command, sparse_folder, c
     assert prunepath_command("eval", out, "--data", corpus, "--max-tokens", "200", "--json").exit_code == 0
 
 
-def test_an_interrupted_run_goes_on(sparse_folder, corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("backbone", ["full", "lora"])
+def test_an_interrupted_run_goes_on(sparse_folder, corpus, tmp_path, monkeypatch, backbone):
     texts = corpus.read_text().splitlines()
-    config = FineTuning(steps=6, batch_size=2, sequence_length=32, save_steps=3, learning_rate=1e-3)
+    config = FineTuning(steps=6, batch_size=2, sequence_length=32, save_steps=3, learning_rate=1e-3, backbone=backbone)
 
     def run(folder, **options):
         model, tokenizer = prunepath.load(sparse_folder, dtype=torch.float32)
         return finetune(model, tokenizer, texts, config, folder=folder, **options)[0]
 
     whole = run(tmp_path / "whole")
-    import prunepath.finetune as module
-
     with monkeypatch.context() as patch:
-        patch.setattr(module, "calibrate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        compute_loss, calls = AnyBudgetTrainer.compute_loss, []
+
+        def interrupted(*arguments, **keywords):
+            calls.append(1)
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+            return compute_loss(*arguments, **keywords)
+
+        patch.setattr(AnyBudgetTrainer, "compute_loss", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "part")
-    assert (tmp_path / "part" / "checkpoint-6").is_dir()
+    assert (tmp_path / "part" / "checkpoint-3").is_dir()
     with pytest.raises(prunepath.PrunePathError, match="interrupted run"):
         run(tmp_path / "part")
     resumed = run(tmp_path / "part", resume=True)
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
-    assert not (tmp_path / "part").exists()
+
+
+def test_two_processes_write_one_checkpoint(sparse_folder, corpus, tmp_path):
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    train = ["-m", "prunepath.cli", "train", str(sparse_folder), "trained", "--data", str(corpus), *OPTIONS, "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
+    result = subprocess.run([*launch, *train], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert len(json.loads(result.stdout)["rows"]) == 4, "the first process alone says something"
+    before, after = parameters(sparse_folder), parameters(tmp_path / "trained")
+    assert [name for name in before if torch.equal(before[name].float(), after[name].float())] == []
+    assert not (tmp_path / ".trained.training").exists()
+
+
+def test_train_refuses_a_batch_that_processes_cannot_share(refused, sparse_folder, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    sentence = refused("train", sparse_folder, tmp_path / "out", "--data", corpus, *OPTIONS)
+    assert "multiple of the 3 processes, got 2" in sentence
+
+
+def test_fine_tuning_on_text_is_for_causal_models(sparse_folder, tmp_path):
+    model, tokenizer = prunepath.load(sparse_folder)
+    with pytest.raises(prunepath.PrunePathError, match=r"causal language model.*LlamaModel.*AnyBudgetTrainer"):
+        model.model.config = model.config
+        finetune(model.model, tokenizer, ["text"] * 99, folder=tmp_path / "state")
+    assert not (tmp_path / "state").exists()
 
 
 def test_train_refuses_a_dense_model(refused, dense_folder, corpus, tmp_path):
