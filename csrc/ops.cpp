@@ -60,4 +60,7 @@ STABLE_TORCH_LIBRARY(prunepath, m) {
   m.def(
       "ffn_workspace_size(str op, int num_tokens, int hidden_size, int num_experts, "
       "int expert_width) -> int");
+
+  // Name of the kernels that the CPU's operators use in this process.
+  m.def("cpu_kernel() -> str");
 }

@@ -633,6 +633,7 @@ def _installation() -> dict:
         "threads": torch.get_num_threads(),
         "libraries": {"_C": native.error() or "loaded", "_C_cuda": native.cuda_error() or "loaded"},
         "backends": ops.backends(),
+        "cpu_kernel": ops.cpu_kernel() if ops.backends()["cpu"] == "available" else None,
         "cpu_features": features,
         "build": build,
     }

@@ -40,4 +40,13 @@ def pytest_collection_modifyitems(items):
 
 def pytest_report_header():
     spec = importlib.util.find_spec("prunepath")
-    return f"prunepath under test: {spec and spec.origin}; torch {torch.__version__}"
+    return f"prunepath under test: {spec and spec.origin}; torch {torch.__version__}; CPU kernel: {_cpu_kernel()}"
+
+
+def _cpu_kernel() -> str:
+    from prunepath import errors, ops
+
+    try:
+        return ops.cpu_kernel()
+    except errors.PrunePathError as error:
+        return str(error)

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/kernels.h"
+
 namespace prunepath {
 namespace {
 
@@ -12,7 +14,7 @@ constexpr int64_t kMinMultiplyAddsPerChunk = 1 << 16;
 constexpr int64_t kMaxSumBytes = int64_t{128} << 20;
 
 struct Workspace {
-  float* x;          // [tile, H]
+  void* x;           // [tile, H] of the weights' dtype
   float* sums;       // [chunks, 2, tile, H]
   uint64_t* masks;   // [E]
   int32_t* experts;  // [E]
@@ -41,7 +43,7 @@ Workspace lay_out(const ExpertLayout& layout, int64_t num_tokens, bool routed, v
     at += static_cast<uintptr_t>((bytes + 63) / 64 * 64);
     return reinterpret_cast<void*>(taken);
   };
-  w.x = static_cast<float*>(take(row_bytes / 2));
+  w.x = take(row_bytes / 2);  // enough for the widest dtype
   // Never less for more tokens, so that a workspace serves fewer tokens too.
   w.sums = static_cast<float*>(take(
       std::min(torch::stable::get_num_threads() * row_bytes, std::max(kMaxSumBytes, row_bytes))));
@@ -54,35 +56,30 @@ Workspace lay_out(const ExpertLayout& layout, int64_t num_tokens, bool routed, v
   return w;
 }
 
-template <typename T>
-void widen(const FfnProblem& problem, int64_t begin, int64_t tokens, float* out) {
+// A tile's tokens, each of them contiguous.
+struct TileX {
+  const void* data;
+  int64_t stride;  // elements from a token to the next
+};
+
+TileX tile_x(const FfnProblem& problem, int64_t begin, int64_t tokens, void* buffer) {
   const int64_t H = problem.weights.layout.hidden_size;
-  const int64_t stride = problem.x_hidden_stride;
-  for (int64_t t = 0; t < tokens; ++t) {
-    const T* row = static_cast<const T*>(problem.x) + (begin + t) * problem.x_token_stride;
-    if (stride == 1) {
+  TileX tile{buffer, H};
+  with_element_type(problem.weights.dtype, [&](auto* type) {
+    using T = std::remove_cvref_t<decltype(*type)>;
+    const T* x = static_cast<const T*>(problem.x) + begin * problem.x_token_stride;
+    if (problem.x_hidden_stride == 1) {
+      tile = {x, problem.x_token_stride};
+      return;
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t i = 0; i < H; ++i) {
-        out[t * H + i] = to_float(row[i]);
-      }
-    } else {
-      for (int64_t i = 0; i < H; ++i) {
-        out[t * H + i] = to_float(row[i * stride]);
+        static_cast<T*>(buffer)[t * H + i] =
+            x[t * problem.x_token_stride + i * problem.x_hidden_stride];
       }
     }
-  }
-}
-
-// The tile's tokens in float32, [tokens, H]; x itself where it already is that.
-const float* tile_x(const FfnProblem& problem, int64_t begin, int64_t tokens, float* buffer) {
-  const int64_t H = problem.weights.layout.hidden_size;
-  if (problem.weights.dtype == DType::kFloat32 && problem.x_hidden_stride == 1 &&
-      problem.x_token_stride == H) {
-    return static_cast<const float*>(problem.x) + begin * H;
-  }
-  with_element_type(problem.weights.dtype, [&](auto* type) {
-    widen<std::remove_cvref_t<decltype(*type)>>(problem, begin, tokens, buffer);
   });
-  return buffer;
+  return tile;
 }
 
 // y = b_out + the chunks' sums, in the order of the chunks.
@@ -116,7 +113,7 @@ void write_rows(const FfnProblem& problem, int64_t begin, int64_t tokens, const 
 }
 
 // Runs one tile whose masks are set.
-void run_tile(const FfnProblem& problem, int64_t begin, int64_t tokens, const float* x,
+void run_tile(const FfnProblem& problem, int64_t begin, int64_t tokens, const TileX& x,
               const Workspace& w) {
   const ExpertLayout& layout = problem.weights.layout;
   int64_t num_active = 0;
@@ -132,12 +129,12 @@ void run_tile(const FfnProblem& problem, int64_t begin, int64_t tokens, const fl
   const int64_t work = pairs * layout.expert_width * (layout.per_neuron + 1) * layout.hidden_size;
   const int64_t chunks = std::clamp<int64_t>(work / kMinMultiplyAddsPerChunk, 1, w.max_chunks);
   const int64_t size = tokens * layout.hidden_size;
-  const FfnKernels& kernels = ffn_kernels();
+  const FfnKernels& kernels = cpu_kernels().ffn;
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t from, int64_t to) {
     for (int64_t c = from; c < to; ++c) {
       float* sum = w.sums + c * 2 * size;
       std::memset(sum, 0, static_cast<size_t>(2 * size) * sizeof(float));
-      kernels.run_neurons(problem.weights, active, x, neurons * c / chunks,
+      kernels.run_neurons(problem.weights, active, x.data, x.stride, neurons * c / chunks,
                           neurons * (c + 1) / chunks, sum, sum + size);
     }
   });
@@ -189,15 +186,15 @@ void run_routed_ffn(const FfnProblem& problem, const Router& router, int32_t* co
   const int64_t E = layout.num_experts;
   const int64_t H = layout.hidden_size;
   const Workspace w = lay_out(layout, problem.num_tokens, true, workspace);
-  const FfnKernels& kernels = ffn_kernels();
+  const FfnKernels& kernels = cpu_kernels().ffn;
   for (int64_t begin = 0; begin < problem.num_tokens; begin += kTileTokens) {
     const int64_t tokens = std::min(kTileTokens, problem.num_tokens - begin);
-    const float* x = tile_x(problem, begin, tokens, w.x);
+    const TileX x = tile_x(problem, begin, tokens, w.x);
     const int64_t grain =
         std::max<int64_t>(1, kMinMultiplyAddsPerChunk / std::max<int64_t>(1, tokens * H));
     torch::stable::parallel_for(0, E, grain, [&](int64_t from, int64_t to) {
-      kernels.router_logits(x, tokens, H, E, router.weight, problem.weights.dtype, router.bias,
-                            from, to, w.logits);
+      kernels.router_logits(x.data, x.stride, tokens, H, E, router.weight, problem.weights.dtype,
+                            router.bias, from, to, w.logits);
     });
     std::fill(w.masks, w.masks + E, 0);
     for (int64_t t = 0; t < tokens; ++t) {

@@ -1,7 +1,7 @@
 #pragma once
 
 // The inner loops of the FFN on the CPU. ffn_kernels_impl.h defines them; it is compiled once for
-// every instruction set, and `ffn_kernels()` picks the best that this processor has.
+// every instruction set, and cpu/kernels.h chooses between them.
 
 #include <cstdint>
 
@@ -39,22 +39,23 @@ struct ActiveExperts {
 
 struct FfnKernels {
   // Adds the output of neurons `begin` to `end`, counted over the list of active experts, to the
-  // rows sum[t * hidden_size] of the tokens that need them. `x` is float32 [tile, hidden_size];
-  // `sum` and `partial` are [tile, hidden_size] and zero at the beginning.
-  void (*run_neurons)(const FfnWeights& weights, const ActiveExperts& active, const float* x,
-                      int64_t begin, int64_t end, float* sum, float* partial);
+  // rows sum[t * hidden_size] of the tokens that need them. Token t of `x`, of the weights' dtype,
+  // is the hidden_size elements from t * x_stride on. `sum` and `partial` are [tile, hidden_size]
+  // and zero at the beginning; `partial` is the kernel's own.
+  void (*run_neurons)(const FfnWeights& weights, const ActiveExperts& active, const void* x,
+                      int64_t x_stride, int64_t begin, int64_t end, float* sum, float* partial);
 
-  // logits[t * num_experts + e] = x[t] . weight[e] + bias[e] for e from begin to end.
-  void (*router_logits)(const float* x, int64_t num_tokens, int64_t hidden_size,
+  // logits[t * num_experts + e] = x[t] . weight[e] + bias[e] for e from begin to end, x as above.
+  void (*router_logits)(const void* x, int64_t x_stride, int64_t num_tokens, int64_t hidden_size,
                         int64_t num_experts, const void* weight, DType dtype, Parameter bias,
                         int64_t begin, int64_t end, float* logits);
 };
 
-const FfnKernels& ffn_kernels();
-
 extern const FfnKernels kFfnKernelsPortable;
 #if defined(__x86_64__)
 extern const FfnKernels kFfnKernelsAvx2;
+extern const FfnKernels kFfnKernelsAvx512;
+extern const FfnKernels kFfnKernelsAvx512Bf16;
 #endif
 
 }  // namespace prunepath

@@ -5,6 +5,7 @@
 
 #include "cpu/ffn.h"
 #include "cpu/ffn_problem.h"
+#include "cpu/kernels.h"
 
 namespace prunepath {
 namespace {
@@ -67,6 +68,8 @@ int64_t workspace_size(const std::string& op, int64_t num_tokens, int64_t hidden
                             op == "routed_ffn");
 }
 
+std::string cpu_kernel() { return cpu_kernels().name; }
+
 }  // namespace
 }  // namespace prunepath
 
@@ -75,7 +78,8 @@ STABLE_TORCH_LIBRARY_IMPL(prunepath, CPU, m) {
   m.impl("sparse_ffn.out", TORCH_BOX(&prunepath::sparse_ffn_out));
 }
 
-// Has no tensor among its arguments, so it belongs to no device.
+// Have no tensor among their arguments, so they belong to no device.
 STABLE_TORCH_LIBRARY_IMPL(prunepath, CompositeExplicitAutograd, m) {
   m.impl("ffn_workspace_size", TORCH_BOX(&prunepath::workspace_size));
+  m.impl("cpu_kernel", TORCH_BOX(&prunepath::cpu_kernel));
 }

@@ -21,11 +21,12 @@ if native.error() is None:
     _fakes.register()
 
 from prunepath.ops import reference  # noqa: E402
-from prunepath.ops.backend import Backend, backends, resolve_backend  # noqa: E402
+from prunepath.ops.backend import Backend, backends, cpu_kernel, resolve_backend  # noqa: E402
 
 __all__ = [
     "Backend",
     "backends",
+    "cpu_kernel",
     "pack_experts",
     "reference",
     "resolve_backend",

@@ -32,6 +32,23 @@ def backends() -> dict[str, str]:
     return {name: _missing(name) or "available" for name in NAMES}
 
 
+def cpu_kernel() -> str:
+    """Which of the CPU's kernels this process uses: `avx512_bf16`, `avx512`, `avx2` or `portable`.
+
+    The best that the processor has, unless the environment variable `PRUNEPATH_CPU_KERNEL` named one when it was
+    first needed.
+
+    Raises:
+        BackendError: the variable names none that this processor supports.
+        NativeLibraryError: the compiled library did not load.
+    """
+    native.require()
+    try:
+        return torch.ops.prunepath.cpu_kernel()
+    except RuntimeError as error:
+        raise BackendError(str(error)) from None
+
+
 def resolve_backend(name: str, device: torch.device) -> Backend:
     """The backend called `name` for tensors on `device`.
 
@@ -80,7 +97,13 @@ def _automatic(device: torch.device) -> str:
 def _missing(name: str) -> str | None:
     """Why a backend is not available, as one sentence, or None."""
     if name == "cpu":
-        return native.error()
+        if native.error() is not None:
+            return native.error()
+        try:
+            cpu_kernel()
+        except BackendError as error:
+            return str(error)
+        return None
     if name == "cuda":
         if native.cuda_error() is not None:
             return native.cuda_error()

@@ -34,10 +34,15 @@ void widen(const void* data, int dtype, int64_t size, float* out) {
   for (int64_t i = 0; i < size; ++i) out[i] = load_as_float(data, static_cast<DType>(dtype), i);
 }
 void widen_vector(const void* data, int dtype, int64_t size, float* out) {
-  for (int64_t i = 0; i < size; i += kLanes) {
-    store(out + i, dtype == 1 ? load(static_cast<const BFloat16*>(data) + i)
-                              : load(static_cast<const Float16*>(data) + i));
-  }
+  const auto widen_all = [&](auto* from) {
+    for (int64_t i = 0; i < size; i += 2 * kLanes) {
+      const Pair pair = in_order(load_pair(from + i), from);
+      store(out + i, pair.a);
+      store(out + i + kLanes, pair.b);
+    }
+  };
+  if (dtype == 1) widen_all(static_cast<const BFloat16*>(data));
+  else widen_all(static_cast<const Float16*>(data));
 }
 void narrow(const float* data, int dtype, int64_t size, void* out) {
   for (int64_t i = 0; i < size; ++i) {
@@ -46,14 +51,14 @@ void narrow(const float* data, int dtype, int64_t size, void* out) {
   }
 }
 void portable_ffn(int64_t E, int64_t n, int64_t G, int64_t H, int dtype, const void* w_in,
-                  const void* w_out, const uint64_t* masks, const float* x, float* sum,
+                  const void* w_out, const uint64_t* masks, const void* x, float* sum,
                   float* partial) {
   int32_t experts[64];
   int64_t count = 0;
   for (int32_t e = 0; e < E; ++e) if (masks[e]) experts[count++] = e;
-  const FfnWeights weights{{E, n, G, H}, static_cast<DType>(dtype), w_in, w_out, {}, {},
+  const FfnWeights weights{{E, n, G, H}, static_cast<DType>(dtype), w_in, {G * H, H}, w_out, {}, {},
                            Activation::kSilu};
-  kFfnKernelsPortable.run_neurons(weights, {experts, masks}, x, 0, count * n, sum, partial);
+  kFfnKernelsPortable.run_neurons(weights, {experts, masks}, x, H, 0, count * n, sum, partial);
 }
 }
 """
@@ -130,7 +135,7 @@ def test_portable_kernels(library, make_ffn, code, dtype, gated):
     ffn = make_ffn(3, 6, 7, 29, gated=gated, dtype=dtype, parameters=False)
     active = torch.tensor([[1, 0, 1, 0, 1, 1], [0, 0, 1, 0, 0, 1], [1, 0, 0, 0, 1, 0]])
     masks = (active << torch.arange(3)[:, None]).sum(0)
-    x = ffn.x.float().contiguous()
+    x = ffn.x.contiguous()
     sums, partial = torch.zeros(3, 29), torch.zeros(3, 29)
     pointers = [t.data_ptr() for t in (ffn.w_in, ffn.w_out, masks, x, sums, partial)]
     library.portable_ffn(6, 7, 2 if gated else 1, 29, code, *pointers)
