@@ -317,11 +317,15 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the data's order and the drawn budgets.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    dtype: DTypeOption = DType.float32,
+    dtype: Annotated[
+        DType, typer.Option(help="Train the weights in this dtype; OUT has SPARSE's. auto: as they are stored.")
+    ] = DType.float32,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a sparse model at random budgets, so that one checkpoint serves all of them, and write OUT."""
+    import transformers
+
     from prunepath.finetune import FineTuning, finetune, is_first_process
     from prunepath.modeling import check_output_folder
 
@@ -346,7 +350,15 @@ def train(
         dense = None if teacher is None else _load(prunepath, teacher, dtype, device)[0]
         folder = out.absolute().parent / f".{out.name}.training"
         trained, rows = finetune(
-            loaded, tokenizer, texts, config, folder=folder, teacher=dense, resume=resume, progress=True
+            loaded,
+            tokenizer,
+            texts,
+            config,
+            folder=folder,
+            teacher=dense,
+            dtype=transformers.AutoConfig.from_pretrained(model).dtype,
+            resume=resume,
+            progress=True,
         )
         if not is_first_process():
             return

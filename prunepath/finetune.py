@@ -75,6 +75,7 @@ def finetune(
     folder: str | os.PathLike,
     any_budget: AnyBudgetConfig | None = None,
     teacher: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
     resume: bool = False,
     progress: bool = False,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
@@ -91,6 +92,7 @@ def finetune(
         folder: where the state of the training is kept. Remove it when the result is safe.
         any_budget: which budgets are drawn.
         teacher: the dense model; None is `model` as it is now, with all its experts.
+        dtype: what the trained model is cast to before it is calibrated; None leaves it as it is.
         resume: go on with the interrupted run in `folder`, if there is one.
         progress: show progress bars.
 
@@ -129,6 +131,7 @@ def finetune(
     model.requires_grad_(True).eval()
     if not is_first_process():
         return model, []
+    model.to(dtype)
     calibrate(model, None, list(calibrating), progress=progress)
     after = _losses(model, held_out)
     return model, [

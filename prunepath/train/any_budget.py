@@ -146,8 +146,11 @@ class AnyBudget:
     def router_loss(self) -> torch.Tensor:
         """Mean over FFNs and tokens of KL(c/Σc ‖ softmax(z)) in the last forward pass, a scalar in nats.
 
-        c are the experts' contributions to the output of the current weights (`expert_contributions`). Only routers get
-        gradients from it.
+        c are the experts' contributions to the output of the current weights (`expert_contributions`), where W_down is
+        without what an adapter on it adds. Only routers get gradients from it.
+
+        Raises:
+            PrunePathError: without a forward pass in training mode and with gradients since `draw`.
         """
         if len(self._losses) != len(self._ffns):
             raise PrunePathError("Expected a forward pass in training mode, after draw(), before router_loss().")

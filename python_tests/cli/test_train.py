@@ -39,6 +39,14 @@ def test_train_writes_an_ordinary_checkpoint(prunepath_command, sparse_folder, c
     assert prunepath_command("eval", out, "--data", corpus, "--max-tokens", "200", "--json").exit_code == 0
 
 
+def test_training_in_float32_keeps_the_checkpoint_s_dtype(prunepath_command, sparse_folder, corpus, tmp_path):
+    model, tokenizer = prunepath.load(sparse_folder, dtype=torch.bfloat16)
+    prunepath.save(model, tokenizer, tmp_path / "half")
+    result = prunepath_command("train", tmp_path / "half", tmp_path / "out", "--data", corpus, *OPTIONS)
+    assert result.exit_code == 0, result.output
+    assert {p.dtype for p in parameters(tmp_path / "out").values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("backbone", ["full", "lora"])
 def test_an_interrupted_run_goes_on(sparse_folder, corpus, tmp_path, monkeypatch, backbone):
     texts = corpus.read_text().splitlines()
