@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(path) for path in (ROOT, ROOT / "benchmarks") if str(path) not in sys.path]
+# Behind the installed packages: an installed prunepath comes first, else the source tree with libraries built there.
+sys.path += [str(path) for path in (ROOT, ROOT / "benchmarks") if str(path) not in sys.path]
 
 import torch  # noqa: E402
 from baselines import METHODS, Settings  # noqa: E402
@@ -222,13 +223,19 @@ def gather(args: argparse.Namespace) -> None:
                 "sizes": task.sizes,
                 "references": task.references,
             }
+    import transformers
+
     where = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "CPU"
     data = {
-        "command": "python benchmarks/quality.py",
+        "command": " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
         "settings": {name: getattr(args, name) for name in ("size", "steps", "batch_size", "num_experts")},
         "machine": where,
         "date": time.strftime("%Y-%m-%d"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "tasks": tasks,
         "cells": cells,
     }

@@ -44,6 +44,7 @@ def finetune(
     The loss, for every method: the task's, plus distillation from the dense model that it started from, plus the
     method's own.
     """
+    torch.manual_seed(seed)  # dropout
     model = method.model
     names = {id(p): name for name, p in model.named_parameters()}
     parameters = method.trainable_parameters()
@@ -106,7 +107,8 @@ def evaluate(
             logits = model(**batch).logits
             labels = batch["labels"]
             result["nll"].append(task.losses(logits, labels))
-            counts += len(labels) if labels.dim() == 1 else int((labels != -100).sum())
+            positions = task.scored_positions(labels)
+            counts += len(labels) if positions is None else int(positions.sum())
             if task.metric == "accuracy":
                 result["correct"].append((logits.argmax(-1) == labels).int())
         result["active_fraction"] = method.active_fraction()

@@ -13,6 +13,9 @@ from tasks.base import IGNORED, SPLITS, Task, padded, texts_of
 
 SOURCE_LENGTH, SUMMARY_LENGTH = 160, 32
 CHAT_LENGTH = 192
+_SUMMARY = "Summarise this function in one sentence."
+_EXCEPTIONS = "Which exceptions belong in the blanks?"
+_NEXT_LINE = "What is the next line?"
 _EXCEPTION = re.compile(r"\b[A-Z]\w*(?:Error|Exception|Warning|Exit|Interrupt|Iteration)\b")
 
 
@@ -87,21 +90,23 @@ def _is_summary(summary: str | None) -> bool:
 def build_instruct(name: str, tokenizer, *, tiny: bool) -> Task:
     """Questions on functions in chat format; the loss is on the answers."""
     splits, sizes, seen = {}, [], set()
+    assistant = tokenizer("\nAssistant: ", add_special_tokens=False)["input_ids"]
+    next_line = tokenizer(_asked(_NEXT_LINE), add_special_tokens=False)["input_ids"]
     for split in reversed(SPLITS):
         rng = random.Random(0)
         chats = [chat for function in _unique(split, tiny, seen) for chat in _chats(*function, rng)]
         rng.shuffle(chats)
         chats = chats[: 24 if tiny else (1200 if split == "test" else None)]
-        questions = tokenizer([question for question, _ in chats], add_special_tokens=False)["input_ids"]
-        answers = tokenizer([answer for _, answer in chats], add_special_tokens=False)["input_ids"]
+        parts = [tokenizer(list(column), add_special_tokens=False)["input_ids"] for column in zip(*chats, strict=True)]
         inputs, labels, bytes_ = [], [], []
-        for question, answer, (_, text) in zip(questions, answers, chats, strict=True):
-            answer = [*answer, tokenizer.eos_token_id]
-            if len(answer) > CHAT_LENGTH // 2:
+        for question, code, answer, (_, _, text) in zip(*parts, chats, strict=True):
+            head, tail = [tokenizer.eos_token_id, *question], [*assistant, *answer, tokenizer.eos_token_id]
+            room = CHAT_LENGTH - len(head) - len(tail)
+            if room < CHAT_LENGTH // 4:
                 continue
-            head = [tokenizer.eos_token_id, *question[-(CHAT_LENGTH - len(answer) - 1) :]]
-            inputs.append([*head, *answer])
-            labels.append([*[IGNORED] * len(head), *answer])
+            head += code[-room:] if question == next_line else code[:room]
+            inputs.append([*head, *tail])
+            labels.append([*[IGNORED] * (len(head) + len(assistant)), *tail[len(assistant) :]])
             bytes_.append(len(text.encode()) + 1)
         rows = padded(inputs, CHAT_LENGTH, -1)
         splits[split] = {
@@ -114,17 +119,22 @@ def build_instruct(name: str, tokenizer, *, tiny: bool) -> Task:
     return Task(name, "llama", "bits_per_byte", splits, sizes=sizes)
 
 
-def _chats(source: str, summary: str | None, raised: list[str], rng: random.Random) -> list[tuple[str, str]]:
+def _chats(source: str, summary: str | None, raised: list[str], rng: random.Random) -> list[tuple[str, str, str]]:
+    """(question, code, answer) triples about a function."""
     chats = []
     if _is_summary(summary):
-        chats.append(("Summarise this function in one sentence.", source, summary))
+        chats.append((_SUMMARY, source, summary))
     if raised:
         # The names of the exceptions are hidden, so that the answer is not copied.
         hidden = re.sub("|".join(map(re.escape, raised)), "____", source)
-        chats.append(("Which exceptions belong in the blanks?", hidden, ", ".join(raised)))
+        chats.append((_EXCEPTIONS, hidden, ", ".join(raised)))
     lines = source.split("\n")
     if len(lines) >= 5:
         cut = rng.randrange(2, len(lines))
         if lines[cut].strip():
-            chats.append(("What is the next line?", "\n".join(lines[:cut]), lines[cut].strip()))
-    return [(f"User: {question}\n{code}\nAssistant: ", answer) for question, code, answer in chats]
+            chats.append((_NEXT_LINE, "\n".join(lines[:cut]), lines[cut].strip()))
+    return [(_asked(question), code, answer) for question, code, answer in chats]
+
+
+def _asked(question: str) -> str:
+    return f"User: {question}\n"

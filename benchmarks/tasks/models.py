@@ -92,7 +92,8 @@ def train_dense(task: Task, stream: torch.Tensor, vocab_size: int, end: int, *, 
         kind = {"opt": _windows, "llama": _windows, "bert": _masked, "t5": _corrupted}[task.family]
         length = 32 if tiny else {"opt": 256, "llama": 256, "bert": 128, "t5": 160}[task.family]
         batches = kind(stream, length, 8 if tiny else 64, vocab_size)
-        fit(model, batches, pretraining, 1.5e-3, None, lambda line: report(f"{task.name} pre-training {line}"))
+        rate = 5e-4 if task.family == "bert" else 1.5e-3  # BERT's normalisation after each layer bears no more
+        fit(model, batches, pretraining, rate, None, lambda line: report(f"{task.name} pre-training {line}"))
     if task.family == "bert":
         encoder = model.bert.state_dict()
         model = new_model(**make, labels=len(task.labels)).to(device)
@@ -195,9 +196,8 @@ def _corrupted(stream: torch.Tensor, length: int, rows: int, vocab_size: int) ->
         start = torch.randint(0, stretch - span + 1, (rows, pieces, 1), generator=generator, device=ids.device)
         place = torch.arange(stretch, device=ids.device)
         inside = (place >= start) & (place < start + span)
-        kept = ids[~inside].view(rows, pieces, stretch - span)
         mark = sentinels.expand(rows, pieces).unsqueeze(-1)
-        # The sentinel stands where its stretch begins: which of the stretch's tokens are missing is to be found out.
-        inputs = torch.cat([mark, kept], dim=-1).flatten(1)
+        # The sentinel stands in the place of its span.
+        kept = torch.where(place == start, mark, ids)[~inside | (place == start)]
         labels = torch.cat([mark, ids[inside].view(rows, pieces, span)], dim=-1).flatten(1)
-        yield {"input_ids": inputs, "labels": labels}
+        yield {"input_ids": kept.view(rows, -1), "labels": labels}

@@ -1,0 +1,142 @@
+"""The quality benchmark: tasks without leaks, one harness for all methods, cells that are not computed twice."""
+
+import argparse
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+if not (BENCHMARKS / "quality.py").is_file():
+    pytest.skip("the benchmarks are not here", allow_module_level=True)
+sys.path.append(str(BENCHMARKS))  # where the benchmarks import each other from; prunepath itself is not there
+
+import quality  # noqa: E402
+from tasks import TASKS, build_task  # noqa: E402
+from tasks.functions import functions  # noqa: E402
+from tasks.models import _corrupted, new_model  # noqa: E402
+
+from prunepath.convert.adapters import find_ffns  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return quality.load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def tiny(tokenizer):
+    return {name: build_task(name, tokenizer, size="tiny") for name in TASKS}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_splits_share_no_example(tiny, name):
+    rows = {
+        split: {tuple(row) for row in examples["input_ids"].tolist()} for split, examples in tiny[name].splits.items()
+    }
+    assert all(rows.values())
+    assert not rows["train"] & rows["test"]
+    assert not rows["train"] & rows["validation"]
+    assert not rows["validation"] & rows["test"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_is_the_same_each_time(tiny, tokenizer, name):
+    assert build_task(name, tokenizer, size="tiny").fingerprint() == tiny[name].fingerprint()
+
+
+def test_bytes_are_those_of_the_scored_labels(tiny, tokenizer):
+    for name in ("lm-llama", "instruct"):
+        task = tiny[name]
+        batch = task.batch("test", slice(None))
+        scored = task.scored_positions(batch["labels"])
+        for row, mask, size in zip(batch["labels"], scored, task.sizes, strict=True):
+            ids = row[1:][mask[:-1]]
+            text = tokenizer.decode(ids[ids != tokenizer.eos_token_id], clean_up_tokenization_spaces=False)
+            ends = int((ids == tokenizer.eos_token_id).sum())
+            counted = len(text.encode()) + (ends if name == "instruct" else ends * len("<|endoftext|>"))
+            assert counted == pytest.approx(size, abs=2)  # a window may cut a character
+
+
+def test_a_blank_hides_the_call(tiny, tokenizer):
+    task = tiny["nlu"]
+    for row, label in zip(task.splits["test"]["input_ids"], task.splits["test"]["labels"].tolist(), strict=True):
+        text = tokenizer.decode(row.long())
+        assert "____(" in text
+        assert 0 <= label < len(task.labels)
+
+
+def test_functions_come_without_their_docstring():
+    source = '''
+class A:
+    def area(self, w):
+        """Return the area.  And more."""
+        if w < 0:
+            raise ValueError("negative")
+        return w * w
+'''
+    ((code, summary, raised),) = functions(source)
+    assert summary == "Return the area."
+    assert raised == ["ValueError"]
+    assert code.startswith("def area(self, w):\n    if w < 0:") and "Return" not in code
+
+
+def test_a_corrupted_span_can_be_put_back():
+    stream = torch.arange(1000, 1400, dtype=torch.int16)
+    batch = next(_corrupted(stream, 40, 3, vocab_size=4096))
+    for inputs, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        restored = []
+        for token in inputs:
+            if token >= 4096:
+                at = labels.index(token)
+                restored += labels[at + 1 : at + 5]
+            else:
+                restored.append(token)
+        assert restored == list(range(restored[0], restored[0] + 40))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bert", "t5"])
+def test_small_models_have_equal_ffns(family):
+    torch.manual_seed(0)
+    model = new_model(family, 4096, 0, labels=16)
+    assert {site.intermediate_size for site in find_ffns(model)} == {1024}
+    assert 5e6 < sum(parameter.numel() for parameter in model.parameters()) < 12e6
+
+
+def settings(out: Path, **changes) -> argparse.Namespace:
+    values = dict(
+        out=out, size="tiny", device="cpu", jobs=1, tasks=["nlu"], methods=["dense", "prunepath", "static-flap"]
+    )
+    values |= dict(seeds=[0], steps=3, batch_size=8, num_experts=16, time_limit=None)
+    return argparse.Namespace(**(values | changes))
+
+
+def test_cells_hold_every_budget_and_are_computed_once(tmp_path):
+    args = settings(tmp_path, tasks=["lm-opt", "nlu"])
+    quality.prepare_data(args)
+    for name in args.tasks:
+        quality.make_dense(args, name)
+    args.tasks = ["nlu"]
+    jobs = [(args, "nlu", method, 0, 1e12) for method in args.methods]
+    assert [quality._work(job) for job in jobs] == [None] * 3
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    assert [quality._work(job) for job in jobs] == [None] * 3
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    quality.gather(args)
+    data = json.loads(gzip.decompress((tmp_path / "cells.json.gz").read_bytes()))
+    assert {cell["method"] for cell in data["cells"]} == set(args.methods)
+    for cell in data["cells"]:
+        wanted = {"dense": {1.0}, "prunepath": {1.0, *quality.BUDGETS}}.get(cell["method"], set(quality.BUDGETS))
+        for finetuned in (False, True):
+            assert {r["budget"] for r in cell["results"] if r["finetuned"] == finetuned} == wanted
+        for result in cell["results"]:
+            assert len(result["nll"]) == len(result["correct"]) == data["tasks"]["nlu"]["examples"]["test"]
+            assert result["active_fraction"] == pytest.approx(result["budget"], abs=0.05)
+
+
+def test_no_cell_begins_after_the_time_limit(tmp_path):
+    assert quality._work((settings(tmp_path), "nlu", "dense", 0, 0.0)) is None
+    assert not (tmp_path / "cells").exists()
