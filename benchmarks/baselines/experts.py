@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
 import random
 from collections.abc import Sequence
 
 import torch
 
-from baselines.activations import ffn_inputs, observe_padding, valid_tokens
+from baselines.activations import ffn_inputs
 from baselines.base import Batch, Method
 from prunepath.convert.adapters import find_ffns
 from prunepath.convert.experts import reorder_neurons, skipping_errors
 from prunepath.convert.partition import partition_neurons
 from prunepath.errors import PrunePathError
 from prunepath.nn import SparseFFN
+from prunepath.nn.observers import padding_masks
 from prunepath.train.any_budget import AnyBudgetConfig
 
 _PARTITION_TOKENS = 4096
@@ -42,7 +44,6 @@ class ExpertMethod(Method):
     def install(self, batches: Sequence[Batch]) -> None:
         experts = self.settings.num_experts
         self.ffns: list[SparseFFN] = [site.install(experts, center=self.center) for site in find_ffns(self.model)]
-        observe_padding(self.model)
         inputs = ffn_inputs(self.model, self.ffns, batches)
         errors: list[tuple[float, float]] = []
         for ffn, x in zip(self.ffns, inputs, strict=True):
@@ -64,6 +65,8 @@ class ExpertMethod(Method):
         if sum(centered / plain for plain, centered in errors) >= len(errors):
             for ffn in self.ffns:
                 ffn.center = None
+        self._padding = contextlib.ExitStack()  # entered for as long as the method lives
+        self._padding.enter_context(padding_masks(self.model))
         self._draws = random.Random(self.settings.seed)
         self._auxiliary: list[torch.Tensor] = []
         self.training = False
@@ -88,7 +91,7 @@ class ExpertMethod(Method):
         return None
 
     def _select(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        valid = valid_tokens(ffn, len(x))
+        valid = ffn.valid_tokens(len(x))
         with torch.autocast(x.device.type, enabled=False):  # half-precision scores tie
             mask = self.choose(ffn, x, hidden)
             losses = self.token_losses(ffn, x, hidden) if self.training else None
@@ -208,9 +211,9 @@ class ThresholdMethod(ExpertMethod):
             if self.training:
                 if self.step_budget >= 1.0:
                     return torch.ones_like(priority, dtype=torch.bool)
-                return priority < batch_threshold(priority, valid_tokens(ffn, len(x)), self.step_fractions[index])
+                return priority < batch_threshold(priority, ffn.valid_tokens(len(x)), self.step_fractions[index])
             if self._priorities is not None:
-                valid = valid_tokens(ffn, len(x))
+                valid = ffn.valid_tokens(len(x))
                 self._priorities[index].append(priority if valid is None else priority[valid])
             return priority < self._thresholds[index]
 

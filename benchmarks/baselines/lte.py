@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from baselines.activations import valid_tokens
 from baselines.base import Settings
 from baselines.experts import ThresholdMethod
 from baselines.oracle import contributions
@@ -82,7 +81,7 @@ class LTE(ThresholdMethod):
         with torch.set_grad_enabled(self.soft and torch.is_grad_enabled()):
             logits = ffn.predictor(x)
         active = logits.detach() > self._cut
-        valid = valid_tokens(ffn, len(x))
+        valid = ffn.valid_tokens(len(x))
         if valid is None:
             self._shares.append(active.float().mean())
         else:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from baselines.activations import ffn_inputs, observe_padding
+from baselines.activations import ffn_inputs
 from baselines.base import Batch, Method
 from prunepath.convert.adapters import find_ffns
 from prunepath.errors import PrunePathError
@@ -43,7 +43,6 @@ def neuron_statistics(model: nn.Module, batches: Sequence[Batch]) -> list[Neuron
     """Statistics of each of the dense model's FFNs, in the order of its modules."""
     watched = copy.deepcopy(model)  # made of sparse FFNs with one expert, which can be observed in every family
     ffns = [site.install(1) for site in find_ffns(watched)]
-    observe_padding(watched)
     statistics = []
     for ffn, x in zip(ffns, ffn_inputs(watched, ffns, batches), strict=True):
         total = square = magnitude = torch.zeros(ffn.intermediate_size, dtype=torch.float64, device=x.device)

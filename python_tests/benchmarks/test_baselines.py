@@ -19,11 +19,12 @@ from baselines.experts import ExpertMethod, batch_threshold, largest, mass_befor
 
 from prunepath.convert.adapters import find_ffns  # noqa: E402
 from prunepath.errors import PrunePathError  # noqa: E402
+from prunepath.nn.observers import padding_masks  # noqa: E402
 
 VOCABULARY = 97
 BUDGETS = (0.3, 0.5)
 SETTINGS = Settings(num_experts=8, budgets=BUDGETS, seed=0)
-ROUTED = [name for name, method in METHODS.items() if issubclass(method, ExpertMethod)]
+ROUTED = ["prunepath", *(name for name, method in METHODS.items() if issubclass(method, ExpertMethod))]
 STATIC = [name for name in METHODS if name.startswith("static-")]
 
 
@@ -97,7 +98,8 @@ def train(method, progress_of_steps, learning_rate=1e-3):
 @torch.no_grad()
 def logits_of(model, batches=CALIBRATION):
     """Logits of valid tokens [N, V]."""
-    return torch.cat([model(**batch).logits[batch["attention_mask"].bool()] for batch in batches])
+    with padding_masks(model):
+        return torch.cat([model(**batch).logits[batch["attention_mask"].bool()] for batch in batches])
 
 
 def error_of(method, reference):
@@ -156,8 +158,9 @@ def test_padding_changes_neither_routers_nor_counts(name):
         method.install(training)
         method.calibrate(calibration)
         method.before_step(0.0)
-        method.model(**training[0])
+        method.model.train()(**training[0])
         auxiliary = float(torch.as_tensor(method.auxiliary_loss()).detach())
+        method.model.eval()
         method.set_budget(0.5)
         logits = logits_of(method.model, calibration)
         results.append((logits, method.active_fraction(), auxiliary))
@@ -307,7 +310,7 @@ def test_methods_for_one_budget_ask_for_it():
 
 
 def test_uncalibrated_budgets_are_refused():
-    method = make_method("prunepath", "llama")
+    method = make_method("d2dmoe-absolute", "llama")
     method.calibrate(CALIBRATION)
     with pytest.raises(PrunePathError, match=r"calibrated budgets \[0\.3, 0\.5\]"):
         method.set_budget(0.4)
