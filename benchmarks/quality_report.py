@@ -1,0 +1,284 @@
+"""Writes docs/quality.md, .json, .csv and a plot from the cells of `benchmarks/quality.py`.
+
+python benchmarks/quality_report.py quality/cells.json.gz docs
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+OURS = "prunepath"
+BOUNDS = ("oracle-topk", "oracle-topmass", "random")
+TARGETS = {0.5: 0.005, 0.25: 0.02, 0.1: 0.06}
+"""Budget -> relative loss of quality that is aimed at, mean over tasks."""
+TOLERANCE = 0.005
+"""How far an active fraction may be from its budget."""
+_RESAMPLES = 10_000
+
+
+def example_scores(result: dict, task: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(score, weight) of each test example: a quality is the sum of scores over the sum of weights."""
+    if task["metric"] == "bits_per_byte":
+        return np.array(result["nll"]) / math.log(2), np.array(task["sizes"], dtype=float)
+    if task["metric"] == "accuracy":
+        scores = np.array(result["correct"], dtype=float)
+    else:
+        scores = np.array(rouge_l(result["predictions"], task["references"]))
+    return scores, np.ones(len(scores))
+
+
+def rouge_l(predictions: list[str], references: list[str]) -> list[float]:
+    """ROUGE-L F1 of each pair, by the rouge-score package."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise SystemExit("expected the package rouge-score for summaries: pip install '.[bench]'.") from error
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return [scorer.score(r, p)["rougeL"].fmeasure for r, p in zip(references, predictions, strict=True)]
+
+
+class Table:
+    """All results: (task, method, finetuned, budget) -> seed -> result with its `scores` and `weights`."""
+
+    def __init__(self, data: dict) -> None:
+        self.data = data
+        self.tasks: dict[str, dict] = {}
+        self.methods: dict[str, bool] = {}
+        self.results: dict[tuple[str, str, bool, float], dict[int, dict]] = {}
+        for cell in data["cells"]:
+            name, method = cell["task"], cell["method"]
+            self.tasks[name] = data["tasks"][name]
+            self.methods[method] = cell["one_checkpoint"]
+            for result in cell["results"]:
+                scores, weights = example_scores(result, self.tasks[name])
+                key = (name, method, result["finetuned"], result["budget"])
+                self.results.setdefault(key, {})[cell["seed"]] = {**result, "scores": scores, "weights": weights}
+
+    @property
+    def baselines(self) -> list[str]:
+        return [m for m in self.methods if m not in (OURS, "dense", *BOUNDS)]
+
+    def mean_scores(self, key: tuple) -> tuple[np.ndarray, np.ndarray] | None:
+        """Example scores averaged over seeds, and their weights."""
+        seeds = self.results.get(key)
+        if not seeds:
+            return None
+        first = next(iter(seeds.values()))
+        return np.mean([result["scores"] for result in seeds.values()], axis=0), first["weights"]
+
+    def quality(self, key: tuple) -> float | None:
+        found = self.mean_scores(key)
+        return None if found is None else float(found[0].sum() / found[1].sum())
+
+    def loss(self, key: tuple, reference_finetuned: bool | None = None) -> float | None:
+        """Share of the dense model's quality that is lost, against the dense model with the same extra training."""
+        finetuned = key[2] if reference_finetuned is None else reference_finetuned
+        value, dense = self.quality(key), self.quality((key[0], "dense", finetuned, 1.0))
+        if value is None or not dense:
+            return None
+        rise = value / dense - 1.0
+        return rise if self.tasks[key[0]]["metric"] == "bits_per_byte" else -rise
+
+    def mean_loss(self, method: str, finetuned: bool, budget: float) -> float | None:
+        losses = [self.loss((task, method, finetuned, budget)) for task in self.tasks]
+        return None if None in losses else sum(losses) / len(losses)
+
+    def best_baseline(self, task: str, finetuned: bool, budget: float) -> str | None:
+        losses = {m: self.loss((task, m, finetuned, budget)) for m in self.baselines}
+        losses = {m: value for m, value in losses.items() if value is not None}
+        return min(losses, key=losses.get) if losses else None
+
+    def lead(self, task: str, other: str, finetuned: bool, budget: float) -> tuple[float, float] | None:
+        """95 % interval of the lost share of quality, ours minus the other's, by a paired bootstrap over examples."""
+        ours, theirs = (self.mean_scores((task, method, finetuned, budget)) for method in (OURS, other))
+        dense = self.mean_scores((task, "dense", finetuned, 1.0))
+        if ours is None or theirs is None or dense is None:
+            return None
+        random = np.random.default_rng(0)
+        picks = random.integers(0, len(dense[1]), (_RESAMPLES, len(dense[1])))
+        sign = 1.0 if self.tasks[task]["metric"] == "bits_per_byte" else -1.0
+        difference = np.empty(_RESAMPLES)
+        for start in range(0, _RESAMPLES, 500):
+            part = picks[start : start + 500]
+            gap = (ours[0] - theirs[0])[part].sum(1)
+            difference[start : start + 500] = sign * gap / np.maximum(dense[0][part].sum(1), 1e-12)
+        low, high = np.quantile(difference, (0.025, 0.975))
+        return float(low), float(high)
+
+    def missed(self) -> list[str]:
+        """Results whose active fraction is not the budget."""
+        return [
+            f"{task}, {method}, {'fine-tuned' if tuned else 'not fine-tuned'}, budget {budget:g}, seed {seed}: "
+            f"{result['active_fraction']:.3f}"
+            for (task, method, tuned, budget), seeds in self.results.items()
+            for seed, result in seeds.items()
+            if abs(result["active_fraction"] - budget) > TOLERANCE
+        ]
+
+
+def verdict(interval: tuple[float, float] | None) -> str:
+    if interval is None:
+        return "–"
+    return "ahead" if interval[1] < 0 else "behind" if interval[0] > 0 else "level"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:+.1f} %"
+
+
+def render(table: Table, notes: str) -> str:
+    data, out = table.data, io.StringIO()
+    names = list(table.tasks)
+
+    def row(*cells: str) -> None:
+        out.write(f"| {' | '.join(cells)} |\n")
+
+    def head(*cells: str) -> None:
+        row(*cells)
+        row(*["---"] * len(cells))
+
+    settings = ", ".join(f"{name} {value}" for name, value in data["settings"].items())
+    versions = ", ".join(f"{name} {value}" for name, value in data["versions"].items())
+    out.write(
+        "# Quality at equal active fractions\n\nWritten by `benchmarks/quality_report.py` from measured cells."
+        f" Command:\n\n    {data['command']}\n\n{data['machine']}, {data['date']}; {versions}; {settings}.\n\n"
+        "Every method starts from the same dense model of a task and gets the same data, steps, trainable backbone,\n"
+        "distillation from the dense model and search over learning rates (on validation data). Numbers are the share\n"
+        "of the dense model's quality that is lost (rise in bits per byte, drop in accuracy or ROUGE-L), that model\n"
+        "having had the same extra training: lower is better.\n\n"
+    )
+    head("task", "model", "metric", "test examples", "dense", "dense with extra training")
+    for name, task in table.tasks.items():
+        dense = [table.quality((name, "dense", tuned, 1.0)) for tuned in (False, True)]
+        values = ["–" if value is None else f"{value:.4f}" for value in dense]
+        row(name, task["family"], task["metric"], str(task["examples"]["test"]), *values)
+    out.write("\n## Targets\n\n")
+    head("budget", "lost at most", "lost", "reached", "against the best baseline of each task (95 % interval)")
+    for budget, target in TARGETS.items():
+        lost = table.mean_loss(OURS, True, budget)
+        leads = []
+        for name in names:
+            best = table.best_baseline(name, True, budget)
+            interval = table.lead(name, best, True, budget) if best else None
+            text = "–" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"
+            leads.append(f"{name}: {verdict(interval)} of {best} ({text})" if best else f"{name}: –")
+        reached = "–" if lost is None else "yes" if lost <= target else "no"
+        row(f"{budget:.0%}", f"{target:.1%}", percent(lost), reached, "; ".join(leads))
+    for tuned in (True, False):
+        out.write(f"\n## {'With' if tuned else 'Without'} fine-tuning\n")
+        for budget in TARGETS:
+            out.write(f"\nBudget {budget:.0%}:\n\n")
+            head("method", "checkpoints", "seeds", *names, "mean")
+            shown = [OURS, *table.baselines, *(m for m in BOUNDS if m in table.methods)]
+            best = {name: table.best_baseline(name, tuned, budget) for name in names}
+            for method in shown:
+                seeds = {len(table.results.get((name, method, tuned, budget), {})) for name in names}
+                cells = []
+                for name in names:
+                    text = percent(table.loss((name, method, tuned, budget)))
+                    cells.append(f"*{text}*" if best[name] == method else text)
+                label = f"**{method}**" if method == OURS else f"{method} (bound)" if method in BOUNDS else method
+                kind = "one" if table.methods.get(method, True) else "one per budget"
+                count = "–".join(str(n) for n in sorted({min(seeds), max(seeds)}))
+                row(label, kind, count, *cells, percent(table.mean_loss(method, tuned, budget)))
+    out.write("\nIn italics: the best baseline of a task.\n\n## How the budget adapts\n\n")
+    head(
+        "task", "budget", "experts per token (5th, 50th, 95th percentile)", "active fraction of the FFNs, least to most"
+    )
+    for name in names:
+        for budget in TARGETS:
+            result = next(iter(table.results.get((name, OURS, True, budget), {}).values()), None)
+            if result is not None and result["experts_per_token"]:
+                shares = np.cumsum(result["experts_per_token"]) / sum(result["experts_per_token"])
+                points = ", ".join(str(int(np.searchsorted(shares, q))) for q in (0.05, 0.5, 0.95))
+                layers = result["per_layer"]
+                row(name, f"{budget:.0%}", points, f"{min(layers):.1%} to {max(layers):.1%}")
+    missed = table.missed()
+    out.write(f"\n## Budgets missed by more than {100 * TOLERANCE:g} points\n\n")
+    out.write("".join(f"- {line}\n" for line in missed) or "None.\n")
+    if notes:
+        out.write(f"\n## What was tried and did not work\n\n{notes.strip()}\n")
+    return out.getvalue()
+
+
+def rows(table: Table) -> list[dict]:
+    """One flat row for each result and seed."""
+    return [
+        {
+            "task": task,
+            "method": method,
+            "finetuned": tuned,
+            "budget": budget,
+            "seed": seed,
+            "metric": table.tasks[task]["metric"],
+            "quality": float(result["scores"].sum() / result["weights"].sum()),
+            "active_fraction": result["active_fraction"],
+        }
+        for (task, method, tuned, budget), seeds in table.results.items()
+        for seed, result in seeds.items()
+    ]
+
+
+def plot(table: Table, path: Path) -> None:
+    """The trade-off curve of every method on every task, with fine-tuning."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(table.tasks), figsize=(4 * len(table.tasks), 4), squeeze=False)
+    for axis, name in zip(axes[0], table.tasks, strict=True):
+        for method in (OURS, *table.baselines, *BOUNDS):
+            points = [(budget, table.loss((name, method, True, budget))) for budget in TARGETS]
+            points = [(100 * budget, 100 * loss) for budget, loss in points if loss is not None]
+            if points:
+                style = "k-o" if method == OURS else ":" if method in BOUNDS else "-"
+                axis.plot(*zip(*points, strict=True), style, label=method, linewidth=2 if method == OURS else 1)
+        axis.set(title=name, xlabel="active FFN neurons, %", ylabel="quality lost, %")
+        axis.grid(alpha=0.3)
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_report(results: Path, docs: Path) -> None:
+    """Writes quality.md, quality.json, quality.csv and quality.png into `docs`."""
+    data = json.loads(gzip.decompress(results.read_bytes()))
+    if not data["cells"]:
+        raise SystemExit(f"expected finished cells in {results}, got none.")
+    table = Table(data)
+    notes = docs / "quality-notes.md"
+    docs.mkdir(parents=True, exist_ok=True)
+    flat = rows(table)
+    text = render(table, notes.read_text(encoding="utf-8") if notes.is_file() else "")
+    summary = {name: data[name] for name in ("command", "settings", "machine", "date", "versions")}
+    summary["tasks"] = {
+        name: {k: v for k, v in task.items() if k not in ("sizes", "references")} for name, task in table.tasks.items()
+    }
+    summary["rows"] = flat
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    for name, content in (
+        ("quality.csv", stream.getvalue()),
+        ("quality.json", json.dumps(summary, indent=1) + "\n"),
+        ("quality.md", text),
+    ):
+        temporary = docs / f".{name}"
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(docs / name)
+    plot(table, docs / "quality.png")
+
+
+if __name__ == "__main__":
+    write_report(Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else "docs"))
