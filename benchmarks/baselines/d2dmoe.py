@@ -18,9 +18,9 @@ _HOYER_WEIGHT = 0.1
 class _D2DMoE(ThresholdMethod):
     """Routers that regress the norms of the experts' outputs; experts run where the prediction is large.
 
-    The router (section 3.3) has two layers, 128 wide, ReLU inside and an absolute value at its end, and learns
+    The router has two layers, 128 wide, ReLU inside and an absolute value at its end, and learns
     ‖E_i(x)‖₂ by mean squared error; norms are measured in units of the layer's mean norm. The first third of
-    fine-tuning is the paper's sparsity enforcement (section 3.1): the dense model, plus a square-Hoyer penalty on the
+    fine-tuning is the paper's sparsity enforcement: the dense model, plus a square-Hoyer penalty on the
     activations. The rest is any-budget training with the rule of selection, which the paper does not have. Experts are
     those of the model before enforcement, and routers follow the backbone throughout.
     """

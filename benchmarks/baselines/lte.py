@@ -26,7 +26,8 @@ class LTE(ThresholdMethod):
 
     First half of fine-tuning: every expert runs, scaled by its gate g = σ(z). An efficiency loss, the mean of g², makes
     gates small; a separability loss, the mean of 1 / ((g − 0.5)² + ε), drives them away from the threshold 0.5. Second
-    half: routers are frozen, experts above the threshold run unscaled, and the backbone adapts to that.
+    half: routers are frozen, experts above the threshold run unscaled, and the backbone adapts to that. ε bounds the
+    separability loss; it and the weights of both losses are this implementation's, not the paper's.
 
     Where the paper tries coefficients of the efficiency loss for a wanted sparsity, here the coefficient grows while
     more gates than the budget are above 0.5, and shrinks while fewer are; what is left of the difference moves the

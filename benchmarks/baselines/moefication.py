@@ -14,7 +14,7 @@ from prunepath.nn import SparseFFN
 class MoEfication(TopK):
     """Experts from balanced k-means on the input weights; an MLP router; the k best experts, k the same in all layers.
 
-    The router (section 3.3: two layers, tanh, as wide as there are experts) learns each expert's sum of activations,
+    The router (two layers, tanh, as wide as there are experts) learns each expert's sum of activations,
     divided by the token's largest, by binary cross-entropy. For ReLU that is the paper's sum of positive activations;
     other functions count by magnitude. The paper fits routers to a finished model. Here they also follow the backbone
     while it is fine-tuned.

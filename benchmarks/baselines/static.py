@@ -158,7 +158,7 @@ class StaticMean(StaticPruning):
 
 
 class StaticWanda(StaticPruning):
-    """Wanda (arXiv 2306.11695) made structured as FLAP (arXiv 2312.11983, section 4) does for its baseline Wanda-sp.
+    """Wanda (arXiv 2306.11695) made structured as FLAP (arXiv 2312.11983) does for its baseline Wanda-sp.
 
     Score of a neuron: the sum over its output weights of |W_down[i, j]|·‖h_j‖₂. Every layer keeps the same share.
     """
