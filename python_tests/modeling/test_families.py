@@ -98,7 +98,7 @@ def make_sparse(dense):
     model = copy.deepcopy(dense)
     config = prunepath.PrunePathConfig(num_experts=8)
     paths = [site.path for site in find_ffns(model)]
-    description = SparseDescription(config, True, paths, [1.0] * len(paths), {}, "per_layer")
+    description = SparseDescription(config, True, paths, [1.0] * len(paths), {}, {})
     for ffn in install(model, description).values():
         torch.nn.init.normal_(ffn.router.weight)
         torch.nn.init.normal_(ffn.router.bias)
