@@ -10,6 +10,7 @@ Everything is kept under --out, and what is there is not computed again: `data/`
 from __future__ import annotations
 
 import argparse
+import copy
 import gzip
 import json
 import multiprocessing
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(path) for path in (ROOT, ROOT / "benchmarks") if str(path) not in sys.path]
 
 import torch  # noqa: E402
-from baselines import METHODS, Settings  # noqa: E402
+from baselines import METHODS, Method, Settings  # noqa: E402
 from tasks import TASKS, Task, build_task  # noqa: E402
 from tasks.models import DEMO, train_dense  # noqa: E402
 from training import calibrate, evaluate, finetune, install  # noqa: E402
@@ -133,15 +134,17 @@ def cell_path(args: argparse.Namespace, task: str, method: str, seed: int) -> Pa
     return args.out / "cells" / f"{task}.{method}.{seed}.json"
 
 
-def learning_rate(args: argparse.Namespace, task_name: str, method: str) -> float:
-    """The best of `RATES` by validation loss at `SEARCH_BUDGET` after a short run with seed 0."""
+def learning_rate(args: argparse.Namespace, task_name: str, method: str, installed: Method) -> float:
+    """The best of `RATES` by validation loss at `SEARCH_BUDGET` after a short run of a copy of the installed method.
+
+    Searched once for a task and a method, by the first seed that comes.
+    """
     path = search_path(args, task_name, method)
     if not path.exists():
         task, dense = _task_and_dense(args, task_name)
-        budget = None if METHODS[method].one_checkpoint else SEARCH_BUDGET
         losses = {}
         for rate in RATES:
-            instance = install(METHODS[method], dense, task, Settings(args.num_experts, BUDGETS, 0), budget)
+            instance = copy.deepcopy(installed)
             steps = max(2, round(SEARCH_SHARE * args.steps))
             finetune(instance, dense, task, steps=steps, batch_size=args.batch_size, rate=rate, seed=0)
             calibrate(instance, task, args.batch_size)
@@ -159,12 +162,14 @@ def run_cell(args: argparse.Namespace, task_name: str, method: str, seed: int) -
     tokenizer = load_tokenizer()
     one = METHODS[method].one_checkpoint
     settings = Settings(args.num_experts, BUDGETS, seed)
-    rate = learning_rate(args, task_name, method)
-    cell = {"task": task_name, "method": method, "seed": seed, "one_checkpoint": one, "learning_rate": rate}
-    cell["results"] = []
+    cell = {"task": task_name, "method": method, "seed": seed, "one_checkpoint": one, "results": []}
     budgets = (1.0,) if method == "dense" else BUDGETS
-    for group in [budgets] if one else [(budget,) for budget in budgets]:
+    # Where every budget has its own checkpoint, the one that learning rates are compared on comes first.
+    groups = [budgets] if one else [(budget,) for budget in sorted(budgets, key=lambda b: b != SEARCH_BUDGET)]
+    for group in groups:
         instance = install(METHODS[method], dense, task, settings, None if one else group[0])
+        if "learning_rate" not in cell:
+            cell["learning_rate"] = rate = learning_rate(args, task_name, method, instance)
         for finetuned in (False, True):
             if finetuned:
                 finetune(instance, dense, task, steps=args.steps, batch_size=args.batch_size, rate=rate, seed=seed)

@@ -31,8 +31,7 @@ def install(method_type: type[Method], dense: nn.Module, task: Task, settings: S
     wanted = max(4, INSTALL_TOKENS // (per_batch * task.splits["train"]["input_ids"].shape[1]))
     wanted = min(wanted, task.count("train") // per_batch)
     draws = task.random_batches(per_batch, settings.seed)
-    with padding_masks(method.model):
-        method.install([next(draws) for _ in range(max(1, wanted))])
+    method.install([next(draws) for _ in range(max(1, wanted))])
     return method
 
 

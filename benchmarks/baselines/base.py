@@ -33,7 +33,8 @@ class Method(abc.ABC):
 
     A method owns a private copy of the dense model, which `install` changes in place. The harness then calls `install`;
     for results with fine-tuning, at every training step `before_step` and a forward and backward pass of `model` with
-    `auxiliary_loss` added to the loss; then `calibrate`, and for each budget `set_budget` before evaluating.
+    `auxiliary_loss` added to the loss; then `calibrate`, and for each budget `set_budget` before evaluating. What comes
+    after `install` is inside `prunepath.nn.observers.padding_masks`. An installed method may be deep-copied.
 
     Args:
         model: the dense model, in evaluation mode, on its device.

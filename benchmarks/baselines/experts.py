@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import math
 import random
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ from prunepath.convert.experts import reorder_neurons, skipping_errors
 from prunepath.convert.partition import partition_neurons
 from prunepath.errors import PrunePathError
 from prunepath.nn import SparseFFN
-from prunepath.nn.observers import padding_masks
 from prunepath.train.any_budget import AnyBudgetConfig
 
 _PARTITION_TOKENS = 4096
@@ -65,8 +63,6 @@ class ExpertMethod(Method):
         if sum(centered / plain for plain, centered in errors) >= len(errors):
             for ffn in self.ffns:
                 ffn.center = None
-        self._padding = contextlib.ExitStack()  # entered for as long as the method lives
-        self._padding.enter_context(padding_masks(self.model))
         self._draws = random.Random(self.settings.seed)
         self._auxiliary: list[torch.Tensor] = []
         self.training = False

@@ -1,5 +1,6 @@
 """The methods that the quality benchmark compares, on tiny models: budgets, training, and what their papers promise."""
 
+import contextlib
 import copy
 import sys
 from pathlib import Path
@@ -71,10 +72,15 @@ def _short_router_training(monkeypatch):
     monkeypatch.setattr(routers, "_MIN_STEPS", 128)
 
 
+_PADDING = contextlib.ExitStack()
+
+
 def make_method(name: str, family: str, budget: float = 0.5, **attributes):
+    """An installed method, inside `padding_masks` as the harness has it."""
     method_class = type(METHODS[name].__name__, (METHODS[name],), attributes)
     method = method_class(make_model(family), SETTINGS, None if method_class.one_checkpoint else budget)
     method.install(TRAINING)
+    _PADDING.enter_context(padding_masks(method.model))
     return method
 
 
@@ -156,6 +162,7 @@ def test_padding_changes_neither_routers_nor_counts(name):
         training, calibration = padded_with(token)
         method = METHODS[name](make_model("llama"), SETTINGS, None if METHODS[name].one_checkpoint else 0.5)
         method.install(training)
+        _PADDING.enter_context(padding_masks(method.model))
         method.calibrate(calibration)
         method.before_step(0.0)
         method.model.train()(**training[0])
