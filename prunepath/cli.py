@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from prunepath.config import AUTOCASTS, BACKENDS, CONTRIBUTIONS, PARTITIONS, PrunePathConfig
+from prunepath.config import AUTOCASTS, BACKBONES, BACKENDS, CONTRIBUTIONS, PARTITIONS, PrunePathConfig
 from prunepath.errors import CheckpointError, PrunePathError
 
 # torch and transformers take seconds to import: each command imports them once its arguments are known to be
@@ -47,7 +47,7 @@ Partition = Enum("Partition", {name: name for name in PARTITIONS}, type=str)
 Contribution = Enum("Contribution", {name: name for name in CONTRIBUTIONS}, type=str)
 Autocast = Enum("Autocast", {name: name for name in AUTOCASTS}, type=str)
 BackendName = Enum("BackendName", {name: name for name in BACKENDS}, type=str)
-Backbone = Enum("Backbone", {name: name for name in ("full", "lora", "frozen")}, type=str)
+Backbone = Enum("Backbone", {name: name for name in BACKBONES}, type=str)
 DType = Enum("DType", {name: name for name in ("auto", "float32", "bfloat16", "float16")}, type=str)
 
 _defaults = PrunePathConfig()

@@ -9,6 +9,7 @@ from prunepath.errors import PrunePathError
 PARTITIONS = ("coactivation", "weights", "contiguous", "random")
 CONTRIBUTIONS = ("output", "loss")
 AUTOCASTS = ("none", "bfloat16", "float16")
+BACKBONES = ("full", "lora", "frozen")
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
 
 

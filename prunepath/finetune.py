@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunepath.config import BACKBONES
 from prunepath.convert.batches import mean_loss
 from prunepath.convert.tokens import sample_windows
 from prunepath.errors import PrunePathError
 from prunepath.modeling import calibrate, description_of, set_budget
 from prunepath.train.any_budget import AnyBudgetConfig
 
-BACKBONES = ("full", "lora", "frozen")
 REPORTED_BUDGETS = (1.0, 0.5, 0.25, 0.1)
 _HELD_OUT_TOKENS = 16384
 _SETTINGS = "settings.json"

@@ -288,5 +288,6 @@ def mass_before(shares: torch.Tensor) -> torch.Tensor:
 
 
 def draw_budget(draws: random.Random) -> float:
-    """A training step's budget: one time in eight 1.0, else uniform on a logarithmic scale between 0.05 and 1."""
-    return 1.0 if draws.random() < 0.125 else 0.05 ** draws.random()
+    """A training step's budget, from the distribution that PrunePath draws from (`AnyBudgetConfig`)."""
+    config = AnyBudgetConfig()
+    return 1.0 if draws.random() < config.dense_share else config.min_budget ** draws.random()
