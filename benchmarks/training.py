@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import math
 from typing import Any
 
@@ -14,7 +12,6 @@ from tasks.base import Task
 from tasks.models import warm_cosine
 from torch import nn
 
-from prunepath.nn import SparseFFN
 from prunepath.nn.observers import padding_masks
 from prunepath.train.any_budget import distillation_loss
 
@@ -93,15 +90,15 @@ def evaluate(
     """Scores of each example at a budget.
 
     Returns:
-        `active_fraction`, `per_layer`, `nll` (nats of each example's labels), for `accuracy` also `correct`, and for
+        `active_fraction`, `per_layer`, with experts `experts_per_token` (how many tokens ran 0, 1, … experts, over all
+        FFNs), `nll` (nats of each example's labels), for `accuracy` also `correct`, and for
         `rouge_l` on the test split also `predictions`; `loss`, the mean nats a label.
     """
     model = method.model.eval()
     method.set_budget(budget)
     result: dict[str, Any] = {"nll": [], "correct": [], "predictions": []}
     counts = 0
-    histogram = _Histogram(method)
-    with padding_masks(model), histogram:
+    with padding_masks(model):
         for batch in task.batches(split, 64, limit):
             logits = model(**batch).logits
             labels = batch["labels"]
@@ -112,9 +109,10 @@ def evaluate(
                 result["correct"].append((logits.argmax(-1) == labels).int())
         result["active_fraction"] = method.active_fraction()
         result["per_layer"] = method.per_layer()
-        result["experts_per_token"] = histogram.counts
+        if method.counts is not None:
+            result["experts_per_token"] = torch.stack(method.counts.histogram).sum(0).tolist()
         if task.metric == "rouge_l" and split == "test" and tokenizer is not None:
-            for batch in task.batches(split, 150, limit):
+            for batch in task.batches(split, 512, limit):
                 ids = model.generate(
                     input_ids=batch["input_ids"],
                     attention_mask=batch["attention_mask"],
@@ -128,33 +126,3 @@ def evaluate(
     result["correct"] = torch.cat(result["correct"]).tolist() if result["correct"] else []
     result["loss"] = math.fsum(result["nll"]) / counts
     return result
-
-
-class _Histogram(contextlib.AbstractContextManager):
-    """How many tokens ran how many experts, over all FFNs; None for methods without experts."""
-
-    def __init__(self, method: Method) -> None:
-        self.ffns = [module for module in method.model.modules() if isinstance(module, SparseFFN)]
-        self.total: torch.Tensor | None = None
-
-    def __enter__(self):
-        self.before = [ffn.observe_counts for ffn in self.ffns]
-        for ffn, before in zip(self.ffns, self.before, strict=True):
-            ffn.observe_counts = functools.partial(self._observe, before)
-        return self
-
-    def _observe(self, before, ffn: SparseFFN, counts: torch.Tensor) -> None:
-        if before is not None:
-            before(ffn, counts)
-        valid = ffn.valid_tokens(len(counts))
-        counts = counts if valid is None else counts[valid]
-        histogram = torch.bincount(counts.long(), minlength=ffn.num_experts + 1)
-        self.total = histogram if self.total is None else self.total + histogram
-
-    def __exit__(self, *_) -> None:
-        for ffn, before in zip(self.ffns, self.before, strict=True):
-            ffn.observe_counts = before
-
-    @property
-    def counts(self) -> list[int] | None:
-        return None if self.total is None else self.total.tolist()

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from prunepath.nn.observers import CountRecord
+
 Batch = dict[str, torch.Tensor]
 """Inputs of one call `model(**batch)`, `labels` among them."""
 
@@ -46,6 +48,8 @@ class Method(abc.ABC):
     """As tables call it."""
     one_checkpoint: bool
     """Whether one checkpoint serves all budgets; otherwise the harness makes one for each."""
+    counts: CountRecord | None = None
+    """Experts per token since the last `set_budget`; None for a method without experts."""
 
     def __init__(self, model: nn.Module, settings: Settings, budget: float | None = None) -> None:
         self.model = model
@@ -74,10 +78,10 @@ class Method(abc.ABC):
     def set_budget(self, budget: float) -> None:
         """Turns the knob; evaluation follows."""
 
-    @abc.abstractmethod
     def active_fraction(self) -> float:
         """The share of FFN neurons computed, over valid (unpadded) tokens since the last `set_budget`."""
+        return self.counts.active_fraction
 
     def per_layer(self) -> list[float] | None:
         """The same of each FFN, in the order of the model's modules; None where the method cannot say."""
-        return None
+        return None if self.counts is None else self.counts.per_layer

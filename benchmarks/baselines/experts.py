@@ -16,6 +16,7 @@ from prunepath.convert.experts import reorder_neurons, skipping_errors
 from prunepath.convert.partition import partition_neurons
 from prunepath.errors import PrunePathError
 from prunepath.nn import SparseFFN
+from prunepath.nn.observers import CountRecord
 from prunepath.train.any_budget import AnyBudgetConfig
 
 _PARTITION_TOKENS = 4096
@@ -70,7 +71,7 @@ class ExpertMethod(Method):
         with torch.random.fork_rng():
             torch.manual_seed(self.settings.seed)
             self.install_routers(inputs)
-        self._start_counting()
+        self.counts = CountRecord(self.ffns)
 
     def install_routers(self, inputs: list[torch.Tensor]) -> None:
         """Makes and fits the method's routers, from inputs x [N, H] of each FFN."""
@@ -94,10 +95,7 @@ class ExpertMethod(Method):
         if losses is not None:
             self._auxiliary.append(losses.mean() if valid is None else (losses * valid).sum() / valid.sum())
         if not self.training:
-            active = mask if valid is None else mask & valid.unsqueeze(1)
-            index = self.ffns.index(ffn)
-            self._active[index] += active.sum()
-            self._tokens[index] += len(x) if valid is None else valid.sum()
+            self.counts.add(ffn, mask.sum(-1))
         return mask
 
     def before_step(self, progress: float) -> None:
@@ -118,20 +116,7 @@ class ExpertMethod(Method):
 
     def set_budget(self, budget: float) -> None:
         self.training = False
-        self._start_counting()
-
-    def _start_counting(self) -> None:
-        device = self.ffns[0].router.weight.device
-        self._active = torch.zeros(len(self.ffns), dtype=torch.int64, device=device)
-        self._tokens = torch.zeros(len(self.ffns), dtype=torch.int64, device=device)
-
-    def per_layer(self) -> list[float]:
-        return (self._active / (self._tokens * self.settings.num_experts)).tolist()
-
-    def active_fraction(self) -> float:
-        """FFNs weigh by their width, as in `prunepath.record_counts`."""
-        widths = [ffn.intermediate_size for ffn in self.ffns]
-        return sum(w * f for w, f in zip(widths, self.per_layer(), strict=True)) / sum(widths)
+        self.counts = CountRecord(self.ffns)
 
 
 class TopK(ExpertMethod):
@@ -231,7 +216,7 @@ class ThresholdMethod(ExpertMethod):
         best = None
         self._thresholds = [float("inf")] * len(self.ffns)
         for _ in range(_PASSES):
-            self._start_counting()
+            self.counts = CountRecord(self.ffns)
             self._priorities = [[] for _ in self.ffns]
             loss = torch.stack([self.model(**batch).loss.float() for batch in batches]).mean().item()
             miss = abs(self.active_fraction() - budget)

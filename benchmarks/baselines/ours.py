@@ -82,10 +82,4 @@ class PrunePath(Method):
     def set_budget(self, budget: float) -> None:
         prunepath.set_budget(self.model, budget)
         self._counting.close()
-        self._counts = self._counting.enter_context(prunepath.record_counts(self.model))
-
-    def active_fraction(self) -> float:
-        return self._counts.active_fraction
-
-    def per_layer(self) -> list[float]:
-        return self._counts.per_layer
+        self.counts = self._counting.enter_context(prunepath.record_counts(self.model))

@@ -12,24 +12,25 @@ from prunepath.nn.sparse_ffn import SparseFFN
 
 
 class CountRecord:
-    """Experts per token, gathered while it is attached.
-
-    Attributes:
-        histogram: for each FFN an int64 tensor [E + 1]: how many tokens ran 0, 1, … E experts.
-    """
+    """Experts per token, gathered while it is attached, without waiting for the device."""
 
     def __init__(self, ffns: Iterable[SparseFFN]) -> None:
         self._ffns = list(ffns)
         self._index = {ffn: i for i, ffn in enumerate(self._ffns)}
-        self.histogram = [torch.zeros(ffn.num_experts + 1, dtype=torch.int64) for ffn in self._ffns]
+        self._tokens = [torch.zeros(ffn.num_experts + 1, dtype=torch.int64) for ffn in self._ffns]
 
     def add(self, ffn: SparseFFN, counts: torch.Tensor) -> None:
         """An `observe_counts` hook: counts int32 [T]."""
         i = self._index[ffn]
         valid = ffn.valid_tokens(len(counts))
-        if valid is not None:
-            counts = counts[valid]
-        self.histogram[i] += torch.bincount(counts.cpu(), minlength=ffn.num_experts + 1)
+        tokens = torch.ones_like(counts, dtype=torch.int64) if valid is None else valid.long()
+        added = tokens.new_zeros(ffn.num_experts + 1).scatter_add_(0, counts.long(), tokens)
+        self._tokens[i] = self._tokens[i].to(counts.device) + added
+
+    @property
+    def histogram(self) -> list[torch.Tensor]:
+        """For each FFN an int64 tensor [E + 1] on the CPU: how many tokens ran 0, 1, … E experts."""
+        return [tokens.cpu() for tokens in self._tokens]
 
     @property
     def per_layer(self) -> list[float]:
