@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+
+from prunepath.demo.corpus import MAX_FILE_BYTES, stdlib_texts
 
 Examples = dict[str, torch.Tensor]
 """Model inputs with one row an example."""
@@ -121,10 +125,27 @@ def build_task(name: str, tokenizer, *, size: str) -> Task:
 
 def texts_of(split: str, tiny: bool) -> list[str]:
     """Standard-library sources of a split, whole modules each (`prunepath.demo.corpus`)."""
-    from prunepath.demo.corpus import stdlib_texts
-
     texts = stdlib_texts({"test": "held_out"}.get(split, split))
     return texts[:: max(1, len(texts) // 12)] if tiny else texts
+
+
+_HELD_OUT_FOLDERS = {
+    "validation": ("numpy/ma", "numpy/fft", "torch/autograd", "torch/profiler", "torch/jit", "torch/package"),
+    "test": ("numpy/linalg", "numpy/polynomial", "torch/distributions", "torch/nn", "torch/optim"),
+}
+
+
+def package_texts(split: str) -> list[str]:
+    """Sources of a split from the packages that PrunePath needs: numpy and torch, split by whole folders."""
+    texts = []
+    for package in ("numpy", "torch"):
+        root = Path(importlib.util.find_spec(package).origin).parent
+        for path in sorted(root.rglob("*.py")):
+            folder = "/".join(path.relative_to(root.parent).parts[:2])
+            of = next((name for name, folders in _HELD_OUT_FOLDERS.items() if folder in folders), "train")
+            if of == split and path.stat().st_size <= MAX_FILE_BYTES:
+                texts.append(path.read_text(encoding="utf-8", errors="replace"))
+    return texts
 
 
 def padded(rows: list[list[int]], length: int, fill: int) -> torch.Tensor:

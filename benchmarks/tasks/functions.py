@@ -6,10 +6,11 @@ import ast
 import random
 import re
 import textwrap
+from collections import Counter, defaultdict
 
 import torch
 
-from tasks.base import IGNORED, SPLITS, Task, padded, texts_of
+from tasks.base import IGNORED, SPLITS, Task, package_texts, padded, texts_of
 
 SOURCE_LENGTH, SUMMARY_LENGTH = 160, 32
 CHAT_LENGTH = 192
@@ -49,24 +50,47 @@ def functions(text: str) -> list[tuple[str, str | None, list[str]]]:
     return found
 
 
-def _unique(split: str, tiny: bool, seen: set[str]) -> list[tuple[str, str | None, list[str]]]:
-    """The split's functions, of which none has the body of one in `seen`, which grows."""
-    unique = []
-    for text in texts_of(split, tiny):
-        for function in functions(text):
-            body = re.sub(r"\s+", "", function[0].partition("\n")[2])
-            if len(body) >= 40 and body not in seen:
-                seen.add(body)
-                unique.append(function)
-    return unique
+class Functions:
+    """The functions of one split after another, without those that a split before had, or nearly had.
+
+    Two bodies are nearly the same where their runs of five words have a Jaccard index over 0.8
+    (arXiv 2107.06499).
+    """
+
+    def __init__(self) -> None:
+        self._bodies: set[str] = set()
+        self._holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        self._sizes: list[int] = []
+
+    def of(self, texts: list[str]) -> list[tuple[str, str | None, list[str]]]:
+        unique, runs = [], []
+        for text in texts:
+            for function in functions(text):
+                words = re.findall(r"\w+|[^\w\s]", function[0].partition("\n")[2])
+                body = "".join(words)
+                run = set(zip(*(words[i:] for i in range(5)), strict=False))
+                if len(body) >= 40 and body not in self._bodies and not self._nearly_held(run):
+                    self._bodies.add(body)
+                    unique.append(function)
+                    runs.append(run)
+        for run in runs:
+            for words in run:
+                self._holders[words].append(len(self._sizes))
+            self._sizes.append(len(run))
+        return unique
+
+    def _nearly_held(self, run: set[tuple[str, ...]]) -> bool:
+        shared = Counter(holder for words in run for holder in self._holders.get(words, ()))
+        return any(5 * n > 4 * (len(run) + self._sizes[holder] - n) for holder, n in shared.items())
 
 
 def build_nlg(name: str, tokenizer, *, tiny: bool) -> Task:
     """Function source to the first sentence of its docstring."""
-    splits, references, seen = {}, [], set()
+    splits, references, found = {}, [], Functions()
     end = tokenizer.eos_token_id
     for split in reversed(SPLITS):  # a function that is in several splits is taken out of training
-        pairs = [(source, summary) for source, summary, _ in _unique(split, tiny, seen) if _is_summary(summary)]
+        texts = texts_of(split, tiny) + ([] if tiny else package_texts(split))
+        pairs = [(source, summary) for source, summary, _ in found.of(texts) if _is_summary(summary)]
         pairs = pairs[: 24 if tiny else None]
         sources = tokenizer([source for source, _ in pairs], add_special_tokens=False)["input_ids"]
         summaries = tokenizer([summary for _, summary in pairs], add_special_tokens=False)["input_ids"]
@@ -89,12 +113,12 @@ def _is_summary(summary: str | None) -> bool:
 
 def build_instruct(name: str, tokenizer, *, tiny: bool) -> Task:
     """Questions on functions in chat format; the loss is on the answers."""
-    splits, sizes, seen = {}, [], set()
+    splits, sizes, found = {}, [], Functions()
     assistant = tokenizer("\nAssistant: ", add_special_tokens=False)["input_ids"]
     next_line = tokenizer(_asked(_NEXT_LINE), add_special_tokens=False)["input_ids"]
     for split in reversed(SPLITS):
         rng = random.Random(0)
-        chats = [chat for function in _unique(split, tiny, seen) for chat in _chats(*function, rng)]
+        chats = [chat for function in found.of(texts_of(split, tiny)) for chat in _chats(*function, rng)]
         rng.shuffle(chats)
         chats = chats[: 24 if tiny else (1200 if split == "test" else None)]
         parts = [tokenizer(list(column), add_special_tokens=False)["input_ids"] for column in zip(*chats, strict=True)]

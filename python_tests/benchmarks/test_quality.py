@@ -16,7 +16,8 @@ sys.path.append(str(BENCHMARKS))  # where the benchmarks import each other from;
 
 import quality  # noqa: E402
 from tasks import TASKS, build_task  # noqa: E402
-from tasks.functions import functions  # noqa: E402
+from tasks.base import SPLITS, package_texts  # noqa: E402
+from tasks.functions import Functions, functions  # noqa: E402
 from tasks.models import _corrupted, new_model  # noqa: E402
 
 from prunepath.convert.adapters import find_ffns  # noqa: E402
@@ -82,6 +83,22 @@ class A:
     assert summary == "Return the area."
     assert raised == ["ValueError"]
     assert code.startswith("def area(self, w):\n    if w < 0:") and "Return" not in code
+
+
+def test_functions_nearly_as_in_an_earlier_split_are_left_out():
+    def source(prefix):
+        return "def f(x):\n    " + "\n    ".join(f"{prefix}{i} = x + {i} * y{i}" for i in range(20)) + "\n"
+
+    found = Functions()
+    assert len(found.of([source("a")])) == 1
+    assert len(found.of([source("a").replace("a3 ", "b3 ")])) == 0
+    assert len(found.of([source("b")])) == 1
+
+
+def test_packages_are_split_by_folders():
+    texts = {split: set(package_texts(split)) for split in SPLITS}
+    assert min(len(each) for each in texts.values()) > 10
+    assert not texts["test"] & (texts["train"] | texts["validation"]) - {""}
 
 
 def test_a_corrupted_span_can_be_put_back():
