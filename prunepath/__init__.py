@@ -20,6 +20,7 @@ from prunepath.modeling import (
     record_counts,
     save,
     set_budget,
+    set_request_budgets,
     set_threshold,
     sparse_ffns,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "register_adapter",
     "save",
     "set_budget",
+    "set_request_budgets",
     "set_threshold",
     "sparse_ffns",
 ]

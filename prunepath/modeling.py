@@ -179,11 +179,40 @@ def set_budget(model: nn.Module, budget: float) -> None:
     Args:
         budget: the wanted mean share of FFN neurons that a token computes, in (0, 1]; 1.0 is exactly dense.
     """
-    budget = check_fraction("budget", budget)
+    description = description_of(model)
+    set_threshold(model, _budget_thresholds(description.budgets, budget, len(description.ffns)))
+
+
+def set_request_budgets(model: nn.Module, budgets: Sequence[float] | None) -> None:
+    """Gives each sequence of a batch its own budget.
+
+    What a checkpoint stores, and `get_thresholds` returns, stays as `set_budget` or `set_threshold` left it; either of
+    them then sets all sequences at once. A captured CUDA graph follows as long as the number of sequences stays.
+
+    Args:
+        budgets: B budgets as of `set_budget`, for calls of B sequences alone; None returns to one budget for all.
+    """
+    ffns = list(_sparse_ffns(model).values())
+    if budgets is None:
+        for ffn in ffns:
+            ffn.set_request_thresholds(None)
+        return
     table = description_of(model).budgets
-    if not table and budget < 1.0:
+    columns = [_budget_thresholds(table, budget, len(ffns)) for budget in budgets]
+    if not columns:
+        raise PrunePathError("Expected a budget for each sequence of a batch, got none.")
+    for ffn, values in zip(ffns, zip(*columns, strict=True), strict=True):
+        ffn.set_request_thresholds(values)
+
+
+def _budget_thresholds(table: dict[float, list[float]], budget: float, num_ffns: int) -> list[float]:
+    """Each FFN's threshold for a budget."""
+    budget = check_fraction("budget", budget)
+    if budget == 1.0:
+        return [1.0] * num_ffns
+    if not table:
         raise PrunePathError("This model has no calibrated budgets: convert it again, or use set_threshold.")
-    set_threshold(model, 1.0 if budget == 1.0 else interpolate_thresholds(table, budget))
+    return interpolate_thresholds(table, budget)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Greedy decoding speed of a sparse model beside its dense model."""
+"""Greedy decoding: its speed beside the dense model's, and a loop of our own whose step is one CUDA graph."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import statistics
 import time
 
 import torch
+from transformers import StaticCache
 
 import prunepath
 from prunepath.errors import PrunePathError
@@ -53,6 +54,103 @@ def greedy(model, input_ids: torch.Tensor, new_tokens: int, *, follow: torch.Ten
         _wait(input_ids.device)
         seconds = time.perf_counter() - start
     return torch.cat(chosen), torch.stack(logits).float(), seconds
+
+
+class DecodeLoop:
+    """Greedy decoding with a static KV cache; on a GPU a step is one replay of a CUDA graph.
+
+    Thresholds are tensors that the graph reads: `set_budget`, `set_threshold`, and `set_request_budgets` for as many
+    sequences as when the loop was made, act on the next step. What counts experts does not see the graph's steps.
+
+    Args:
+        model: a transformers causal language model, dense or sparse, in eval mode.
+        batch_size: B, sequences that are decoded at once, all of one length.
+        max_length: tokens of a sequence at most, its prompt included.
+        compiled: put the step through `torch.compile`, which fuses small operations.
+    """
+
+    def __init__(self, model, batch_size: int, max_length: int, *, compiled: bool = False) -> None:
+        if batch_size < 1 or max_length < 2:
+            raise PrunePathError(
+                f"Expected batch_size of at least 1 and max_length of at least 2, got {batch_size} and {max_length}."
+            )
+        self.device = next(model.parameters()).device
+        self.max_length = max_length
+        self._model = model
+        self._forward = torch.compile(model.forward, fullgraph=True, dynamic=False) if compiled else model.forward
+        self._cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=max_length)
+        self._tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)
+        self._length = 0  # of the sequences, with the tokens that the next step reads
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.logits: torch.Tensor | None = None
+        """[B, vocabulary] of the last step; the next one overwrites them."""
+        self.start(self._tokens)
+        self._capture()
+
+    @torch.inference_mode()
+    def start(self, input_ids: torch.Tensor) -> None:
+        """Begins anew with prompts int64 [B, n], and chooses their first tokens."""
+        expected = [len(self._tokens), f"1 to {self.max_length - 1}"]
+        if input_ids.dim() != 2 or len(input_ids) != expected[0] or not 0 < input_ids.shape[1] < self.max_length:
+            raise PrunePathError(
+                f"Expected input_ids of shape [{expected[0]}, {expected[1]}], got {list(input_ids.shape)}."
+            )
+        self._cache.reset()
+        output = self._model(input_ids=input_ids, past_key_values=self._cache, use_cache=True)
+        self.logits = output.logits[:, -1]
+        self._tokens.copy_(self.logits.argmax(-1, keepdim=True))
+        self._length = input_ids.shape[1] + 1
+
+    @torch.inference_mode()
+    def step(self, feed: torch.Tensor | None = None) -> torch.Tensor:
+        """Reads the tokens that the last step chose, and chooses the next ones, without waiting for the device.
+
+        Args:
+            feed: int64 [B, 1], read instead of the tokens chosen.
+
+        Returns:
+            int64 [B, 1], which the next step overwrites.
+        """
+        if self._length >= self.max_length:
+            raise PrunePathError(f"Expected sequences of at most {self.max_length} tokens, which these have already.")
+        if feed is not None:
+            self._tokens.copy_(feed)
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
+            self.logits = self._graph_logits
+        self._length += 1
+        return self._tokens
+
+    def generate(self, input_ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
+        """Greedy continuations int64 [B, new_tokens] of prompts int64 [B, n]."""
+        self.start(input_ids)
+        chosen = [self._tokens.clone()]
+        chosen += [self.step().clone() for _ in range(new_tokens - 1)]
+        return torch.cat(chosen, 1)
+
+    def _step(self) -> None:
+        output = self._forward(input_ids=self._tokens, past_key_values=self._cache, use_cache=True)
+        self.logits = output.logits[:, -1]
+        self._tokens.copy_(self.logits.argmax(-1, keepdim=True))
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        if self.device.type != "cuda":
+            self._step()  # compiles, if it does
+            return
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._cache.reset()  # or these steps would write beyond a short cache
+                self._step()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self._graph, self._graph_logits = graph, self.logits
 
 
 def check_equals_dense(dense, sparse, input_ids: torch.Tensor, new_tokens: int) -> None:

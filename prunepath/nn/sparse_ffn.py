@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -82,15 +82,35 @@ class FFNLayout:
 
 @dataclasses.dataclass(frozen=True)
 class _Packed:
-    """Expert-major weights, and what they were made from."""
+    """Expert-major weights as `routed_ffn` takes them, and what they were made from.
+
+    Every call asks `is_current`, so what it compares is held in plain dicts: looking a parameter up on its module
+    takes longer than all of the comparisons.
+    """
 
     w_in: torch.Tensor
     w_out: torch.Tensor
-    b_in: torch.Tensor | None
-    b_out: torch.Tensor | None
-    center: torch.Tensor | None
-    linears: tuple[nn.Module, ...]
-    fingerprint: tuple[tuple[int, int], ...]
+    options: dict[str, torch.Tensor | int]
+    linears: tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]
+    tensors: tuple[tuple[dict[str, torch.Tensor | None], str, torch.Tensor, int, int], ...]
+
+    def has_linears(self) -> bool:
+        """Whether the projections are the modules that were packed."""
+        for modules, name, linear in self.linears:
+            if modules[name] is not linear:
+                return False
+        return True
+
+    def is_current(self) -> bool:
+        """False when a weight, a bias or the centre was replaced, or written to by an operation that autograd sees."""
+        for owners, name, tensor, pointer, version in self.tensors:
+            if owners.get(name) is not tensor or tensor.data_ptr() != pointer or _version(tensor) != version:
+                return False
+        return self.has_linears()
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors keep none
 
 
 class PlainLinear(nn.Linear):
@@ -198,7 +218,27 @@ class SparseFFN(nn.Module):
         if self._threshold.device == device and self._threshold.dtype == torch.float32:
             self._threshold.fill_(value)  # in place: captured CUDA graphs and compiled models read this tensor
         else:
-            self._threshold = torch.tensor(value, dtype=torch.float32, device=device)
+            self._threshold = torch.full(self._threshold.shape, value, dtype=torch.float32, device=device)
+
+    def set_request_thresholds(self, values: Sequence[float] | None) -> None:
+        """Gives each sequence of a batch its own threshold.
+
+        The values lie in one float32 tensor [B]; setting B others writes to it, as setting `threshold` does, so that
+        captured CUDA graphs and compiled models follow. Moving or casting the module gives all of them `threshold`.
+
+        Args:
+            values: thresholds in (0, 1], one for each of the B sequences; a call's T tokens are then B times as many
+                tokens of each, sequence by sequence. None returns to one threshold for all.
+        """
+        if values is None:
+            values = self._threshold_value
+        else:
+            values = [check_fraction("threshold", value) for value in values]
+        new = torch.tensor(values, dtype=torch.float32, device=self.router.weight.device)
+        if new.shape == self._threshold.shape:
+            self._threshold.copy_(new)
+        else:
+            self._threshold = new
 
     def projection(self, name: str) -> nn.Module:
         parent, leaf = self._places[name]
@@ -264,7 +304,7 @@ class SparseFFN(nn.Module):
         """The router's (expert_ids, probs, counts) for x [T, H], as of `prunepath.ops.route`. No gradient."""
         with torch.no_grad():
             return self._backend().route(
-                self.router(x), self._threshold, min_experts=self.min_experts, max_experts=self.max_experts
+                self.router(x), self._thresholds(x.shape[0]), min_experts=self.min_experts, max_experts=self.max_experts
             )
 
     def active_mask(self, x: torch.Tensor) -> torch.Tensor:
@@ -312,35 +352,40 @@ class SparseFFN(nn.Module):
             y = self._project(self.skip(hidden, self.mask(x, hidden)))
         if self.layout.output_dropout is not None:
             y = self.get_submodule(self.layout.output_dropout)(y)
-        return y.view(hidden_states.shape)
+        return y.view_as(hidden_states)
 
     def reads_active_experts(self, x: torch.Tensor) -> bool:
         """Whether x [T, H] is served by the kernels, which read the active experts alone."""
-        if self.select is not None or len(x) > DECODE_TOKENS or torch.is_grad_enabled():
+        if self.select is not None or x.shape[0] > DECODE_TOKENS or torch.is_grad_enabled():
             return False
         if self.layout.dropout is not None and self.training:
             return False
         return self._pack_if_stale()
 
     def run_active_experts(self, x: torch.Tensor) -> torch.Tensor:
+        """The output [T, H] of x [T, H] by one operator call; the weights have to be packed."""
         packed = self._packed
-        y, counts = self._backend().routed_ffn(
+        router = self._modules["router"]._parameters
+        y, counts = self._ops.routed_ffn(
             x,
-            self.router.weight,
-            self.router.bias,
-            self._threshold,
+            router["weight"],
+            router["bias"],
+            self._thresholds(x.shape[0]),
             packed.w_in,
             packed.w_out,
             self.layout.activation,
-            b_in=packed.b_in,
-            b_out=packed.b_out,
-            center=packed.center,
-            min_experts=self.min_experts,
-            max_experts=self.max_experts,
+            **packed.options,
         )
         if self.observe_counts is not None:
             self.observe_counts(self, counts)
         return y
+
+    def _thresholds(self, num_tokens: int) -> torch.Tensor:
+        """The threshold of T tokens, [] or [T]."""
+        threshold = self._buffers["_threshold"]
+        if threshold.dim() == 1 and 0 < len(threshold) < num_tokens:
+            return threshold.repeat_interleave(num_tokens // len(threshold), output_size=num_tokens)
+        return threshold
 
     def _backend(self) -> ops.Backend:
         if self._ops is None:
@@ -350,21 +395,9 @@ class SparseFFN(nn.Module):
     def _pack_if_stale(self) -> bool:
         """Makes the packed weights agree with the projections; False where they cannot be packed."""
         packed = self._packed
-        if packed is not None:
-            projections = zip(self.layout.projections, packed.linears, strict=True)
-            if all(self.projection(name) is linear for name, linear in projections) and (
-                torch.compiler.is_compiling() or packed.fingerprint == self._fingerprint(packed.linears)
-            ):
-                return True
-        return not torch.compiler.is_compiling() and self.pack()
-
-    def _fingerprint(self, linears: tuple[nn.Module, ...]) -> tuple[tuple[int, int], ...]:
-        """Changes when a weight, a bias or the centre is replaced, or written to by an autograd-visible operation."""
-        tensors = [linear.weight for linear in linears]
-        tensors += [linear.bias for linear in linears if linear.bias is not None]
-        if self.center is not None:
-            tensors.append(self.center)
-        return tuple([(tensor.data_ptr(), tensor._version) for tensor in tensors])
+        if torch.compiler.is_compiling():
+            return packed is not None and packed.has_linears()
+        return (packed is not None and packed.is_current()) or self.pack()
 
     def pack(self) -> bool:
         """Stores the weights expert by expert and makes the projections' parameters views of that storage.
@@ -378,6 +411,7 @@ class SparseFFN(nn.Module):
         if not all(map(_is_plain, linears)) or len(kinds) > 1 or linears[0].weight.device.type == "meta":
             self._unpack()
             return False
+        self._backend()  # the one that calls use
         with torch.no_grad():
             self._packed = self._pack(linears)
         return True
@@ -408,12 +442,31 @@ class SparseFFN(nn.Module):
             center = self.center.float().view(shape)
             mean_output = self.center.float() @ w_out.flatten(0, 1).float()
             b_out = mean_output if b_out is None else b_out + mean_output
-        return _Packed(w_in, w_out, b_in, b_out, center, linears, self._fingerprint(linears))
+        options = {"b_in": b_in, "b_out": b_out, "center": center}
+        options = {name: tensor for name, tensor in options.items() if tensor is not None}
+        if (self.min_experts, self.max_experts) != (1, 0):
+            options.update(min_experts=self.min_experts, max_experts=self.max_experts)
+        places = [self._places[name] for name in layout.projections]
+        owners = [(linear._parameters, name) for linear in linears for name in ("weight", "bias")]
+        owners.append((self._buffers, "center"))
+        return _Packed(
+            w_in,
+            w_out,
+            options,
+            tuple([(parent._modules, leaf, linear) for (parent, leaf), linear in zip(places, linears, strict=True)]),
+            tuple(
+                [
+                    (tensors, name, tensor, tensor.data_ptr(), _version(tensor))
+                    for tensors, name in owners
+                    if (tensor := tensors.get(name)) is not None
+                ]
+            ),
+        )
 
     def _unpack(self, *_) -> None:
         """Gives every weight storage of its own again: files cannot hold tensors that overlap in memory."""
         linears = [self.projection(name) for name in self.layout.projections]
-        for linear in linears if self._packed is None else self._packed.linears:
+        for linear in linears if self._packed is None else [linear for _, _, linear in self._packed.linears]:
             if _is_plain(linear):
                 linear.weight.data = linear.weight.data.contiguous()
         self._packed = None

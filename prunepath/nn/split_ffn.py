@@ -47,7 +47,7 @@ class SplitFFN(SparseFFN):
             self.observe_input(self, x)
         self._done = self.reads_active_experts(x)
         if self._done:
-            return self.run_active_experts(x).view(hidden_states.shape)
+            return self.run_active_experts(x).view_as(hidden_states)
         self._input = x
         return None
 

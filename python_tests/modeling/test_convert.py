@@ -168,6 +168,28 @@ def test_thresholds_are_set_together_or_one_by_one(llama, token_texts, small_con
         prunepath.set_threshold(sparse, [0.5, 0.5, 0.5])
 
 
+@torch.no_grad()
+def test_every_sequence_of_a_batch_has_its_own_budget(llama, token_texts, small_config, ids):
+    sparse = prunepath.convert(llama, None, token_texts, small_config)
+    long = torch.stack([text[:100] for text in token_texts[:2]])  # beyond what the kernels serve
+    for batch in (ids, long):
+        alone = []
+        for budget in (0.25, 1.0):
+            prunepath.set_budget(sparse, budget)
+            alone.append(sparse(batch).logits)
+        prunepath.set_request_budgets(sparse, [0.25, 1.0])
+        together = sparse(batch).logits
+        for row in range(2):
+            assert relative_error(together[row], alone[row][row]) < 1e-5
+        assert relative_error(alone[0][1], alone[1][1]) > 1e-3
+        prunepath.set_request_budgets(sparse, None)
+        assert torch.equal(sparse(batch).logits, alone[1])
+        assert prunepath.get_thresholds(sparse) == [1.0, 1.0]
+    for budgets in ([], [0.5, 2.0]):
+        with pytest.raises(prunepath.PrunePathError, match=r"Expected a budget|budget must be"):
+            prunepath.set_request_budgets(sparse, budgets)
+
+
 def test_num_experts_must_divide_the_width(llama, token_texts, small_config):
     before = copy.deepcopy(llama.state_dict())
     with pytest.raises(prunepath.PrunePathError, match=r"64.*got 7|7.*64"):

@@ -325,6 +325,23 @@ def test_compiles_as_one_graph(family):
     assert relative_error(actual, expected) > 1e-3
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+@torch.no_grad()
+def test_generate_with_a_static_cache_compiles_without_graph_breaks(family):
+    sparse = make_sparse(make_dense(family))
+    ids = inputs(sparse, 12)["input_ids"]
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = []
+    for threshold in (0.7, 0.3):
+        prunepath.set_threshold(sparse, threshold)
+        expected.append(sparse.generate(ids, cache_implementation="static", **options))
+    sparse.forward = torch.compile(sparse.forward, fullgraph=True, backend="aot_eager")
+    for threshold, tokens, stance in zip((0.7, 0.3), expected, ("default", "fail_on_recompile"), strict=True):
+        prunepath.set_threshold(sparse, threshold)
+        with torch.compiler.set_stance(stance):
+            assert torch.equal(sparse.generate(ids, cache_implementation="static", **options), tokens)
+
+
 @pytest.mark.parametrize(
     ("family", "targets"),
     [
