@@ -1,5 +1,6 @@
 """What the benchmarks share: the clock, the machine's description, comma-separated options."""
 
+import argparse
 import functools
 import os
 import platform
@@ -22,8 +23,22 @@ def whole_numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def machine() -> str:
-    """The torch version and the processor, for the first line of a table."""
+def fractions(text: str) -> list[float]:
+    """Comma-separated numbers in (0, 1]."""
+    numbers = [float(part) for part in text.split(",")]
+    if not all(0 < number <= 1 for number in numbers):
+        raise argparse.ArgumentTypeError(f"expected numbers in (0, 1], got {text}")
+    return numbers
+
+
+def today() -> str:
+    return time.strftime("%Y-%m-%d")
+
+
+def machine(device: str = "cpu") -> str:
+    """The torch version and the processor or the GPU, for the first line of a table."""
+    if device == "cuda":
+        return f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
     return f"torch {torch.__version__}, {processor()}, {os.cpu_count()} CPUs"
 
 
