@@ -51,6 +51,7 @@ Backbone = Enum("Backbone", {name: name for name in BACKBONES}, type=str)
 DType = Enum("DType", {name: name for name in ("auto", "float32", "bfloat16", "float16")}, type=str)
 
 _defaults = PrunePathConfig()
+_ADDED = (".router.weight", ".router.bias", ".center", ".mean_output")  # what conversion and packing add
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or Hugging Face hub name.")]
 DataOption = Annotated[
@@ -241,6 +242,13 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this mass.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from this many tokens; 0 means all.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    report_memory: Annotated[
+        bool, typer.Option("--report-memory", help="Also print resident, mapped and touched bytes.")
+    ] = False,
+    resident_experts: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Keep at most so much of a packed checkpoint's experts in memory: 4GiB."),
+    ] = None,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -251,11 +259,16 @@ def generate(
     for name, value in (("budget", budget), ("threshold", threshold), ("top_p", top_p)):
         if value is not None:
             _check_fraction(name, value)
+    limit = None if resident_experts is None else _size("resident-experts", resident_experts)
     with _results(as_json) as results:
         prunepath = _import_prunepath()
         import torch
 
         loaded, tokenizer = _load(prunepath, model, dtype, device)
+        if limit is not None:
+            from prunepath.packing import limit_resident_experts
+
+            limit_resident_experts(loaded, limit)
         sparse = prunepath.is_sparse(loaded)
         if not sparse and (budget is not None or threshold is not None):
             raise PrunePathError(f"{model} is a dense model, which has no budgets or thresholds: convert it first.")
@@ -279,6 +292,11 @@ def generate(
                 **(sampling or {"do_sample": False}),
             )[0]
         active = counts.active_fraction if sparse else 1.0
+        memory = {}
+        if report_memory:
+            from prunepath.eval.memory import report_memory as read_memory
+
+            memory = {"memory": dataclasses.asdict(read_memory(loaded))}
         results.json(
             {
                 "prompt": prompt,
@@ -287,9 +305,11 @@ def generate(
                 "budget": budget,
                 "thresholds": prunepath.get_thresholds(loaded) if sparse else None,
                 "active_fraction": active,
+                **memory,
             }
         )
         results.note(f"{len(ids) - length} tokens, {active:.1%} of FFN neurons active.")
+        results.fields(memory)
 
 
 @app.command()
@@ -414,6 +434,30 @@ def report(
         results.json(numbers)
         results.table(numbers["rows"])
         results.text(f"Wrote {out}.")
+
+
+@app.command()
+def pack(
+    model: Annotated[Path, typer.Argument(metavar="SPARSE", help="Sparse checkpoint folder.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="PACKED", help="Folder to write the packed checkpoint to; new or empty.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Write SPARSE anew so that its experts are used straight from the file, and only those that run."""
+    from prunepath.modeling import check_output_folder
+
+    check_output_folder(out)
+    with _results(as_json) as results:
+        _import_prunepath()
+        from prunepath.packing import pack as pack_checkpoint
+
+        sizes = pack_checkpoint(model, out)
+        results.json({"model": str(model), "out": str(out), **sizes})
+        if not sizes["aligned"]:
+            results.note("Experts are no whole pages: some come into memory with their neighbours.")
+        results.text(f"Wrote {out}: {sizes['expert_bytes'] / 1e6:.1f} MB of experts.")
+        results.text(f'Try: prunepath generate {out} "Once upon a time" --budget 0.25 --report-memory')
 
 
 @app.command()
@@ -583,6 +627,20 @@ def _fractions(name: str, text: str) -> list[float]:
     return values
 
 
+def _size(name: str, text: str) -> int:
+    """Bytes of a size such as 4GiB, 500MB or 1048576."""
+    units = {"": 1, "b": 1} | {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
+    units |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
+    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    try:
+        size = float(number) * units[text.strip()[len(number) :].lower()]
+        if not 0 < size < 1 << 62:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise PrunePathError(f"{name} must be a size such as 4GiB or 500MB, got {text!r}.") from None
+    return int(size)
+
+
 def _window(model, sequence_length: int | None) -> int:
     """The tokens of an evaluation window: those asked for, or 512, if the model takes so many."""
     limit = getattr(model.config, "max_position_embeddings", None) or 512
@@ -662,14 +720,17 @@ def _describe(path: str | Path) -> dict:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"Expected weights in {folder}, but it has no .safetensors file.")
-    weights, added = 0, 0
+    weights, added, packed = 0, 0, False
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
+                packed = packed or (tensors.metadata() or {}).get("prunepath") == "experts"
                 for name in tensors.keys():
+                    if name.startswith("padding."):
+                        continue
                     size = math.prod(tensors.get_slice(name).get_shape())
                     weights += size
-                    added += size if name.endswith((".router.weight", ".router.bias", ".center")) else 0
+                    added += size if name.endswith(_ADDED) else 0
         except SafetensorError as error:
             raise CheckpointError(f"Expected {file} to be a whole safetensors file, but: {error}.") from error
     description = {
@@ -691,6 +752,7 @@ def _describe(path: str | Path) -> dict:
         "layers": len(sparse.ffns),
         "added_parameters": added,
         "centered": sparse.centered,
+        "packed": packed,
         "conversion": dataclasses.asdict(sparse.config),
         "calibration": sparse.calibration,
         "thresholds": sparse.thresholds,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -442,26 +442,34 @@ def check_output_folder(out: str | os.PathLike) -> Path:
 
 @contextlib.contextmanager
 def whole_folder(out: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name when the block ends without an error, and else vanishes."""
+    """A temporary folder beside `out` that takes its name when the block ends without an error, and else vanishes.
+
+    What a killed process left there is removed.
+    """
     out = check_output_folder(out)
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
-    except OSError as error:
-        raise PrunePathError(f"Expected a place where the folder {out} can be written, but: {error}.") from error
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    temporary = out.absolute().with_name(f".{out.name}.partial")
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir(exist_ok=True)
+            handle = os.open(temporary, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            # The system gives the lock up with its process, however that ends.
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(handle), os.stat(temporary)):
+                raise BlockingIOError
+            for entry in temporary.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        except (BlockingIOError, FileNotFoundError):
+            raise PrunePathError(f"Expected to be alone in writing {out}, but another process does as well.") from None
+        except OSError as error:
+            raise PrunePathError(f"Expected a place where the folder {out} can be written, but: {error}.") from error
+        try:
+            yield temporary
+            os.replace(temporary, out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def save(model: nn.Module, tokenizer: Any | None, out: str | os.PathLike) -> None:

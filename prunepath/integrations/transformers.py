@@ -14,6 +14,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from prunepath import packing
+from prunepath.convert.tensor_file import TensorFile
 from prunepath.errors import CheckpointError
 from prunepath.modeling import (
     QUANT_METHOD,
@@ -42,6 +44,7 @@ class PrunePathQuantizer(HfQuantizer):
     """Puts sparse FFNs into the empty model, before the checkpoint's weights are read into it."""
 
     requires_calibration = True
+    _experts: TensorFile | None = None
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -58,14 +61,23 @@ class PrunePathQuantizer(HfQuantizer):
             )
         if checkpoint_files:
             _check_added_tensors(description.ffns, ffns.values(), checkpoint_files)
+            self._experts = packing.expert_file(checkpoint_files)
+            if self._experts is not None:
+                packing.prepare(model, description.ffns, list(ffns.values()), self._experts)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         check_routers(model)
         model.config.quantization_config = self.quantization_config.to_dict()
-        set_threshold(model, self.quantization_config.description.thresholds)
-        for ffn in sparse_ffns(model).values():
-            ffn.pack()
+        description = self.quantization_config.description
+        set_threshold(model, description.thresholds)
+        ffns = list(sparse_ffns(model).values())
+        if self._experts is not None:
+            packing.attach(description.ffns, ffns, self._experts)
+            self._experts = None
+        else:
+            for ffn in ffns:
+                ffn.pack()
         return model
 
     def is_serializable(self) -> bool:

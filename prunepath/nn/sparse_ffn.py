@@ -93,6 +93,7 @@ class _Packed:
     options: dict[str, torch.Tensor | int]
     linears: tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]
     tensors: tuple[tuple[dict[str, torch.Tensor | None], str, torch.Tensor, int, int], ...]
+    mapped: bool
 
     def has_linears(self) -> bool:
         """Whether the projections are the modules that were packed."""
@@ -108,9 +109,17 @@ class _Packed:
                 return False
         return self.has_linears()
 
+    def stayed(self) -> bool:
+        """Whether the weights, biases and the centre are where they were, whatever was done to their modules."""
+        return all(owners[name].data_ptr() == pointer for owners, name, _, pointer, _ in self.tensors)
+
 
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # inference tensors keep none
+
+
+def _state(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), _version(tensor)
 
 
 class PlainLinear(nn.Linear):
@@ -135,10 +144,12 @@ class SparseFFN(nn.Module):
     when a projection is no plain linear (a LoRA layer, say) or of another dtype than the rest (T5's `wo` in float16
     models), the FFN is computed densely and masked, in autograd.
 
-    Three hooks, None unless set: `observe_input(ffn, x)`, `observe_counts(ffn, counts)`, and `select(ffn, x, hidden)`,
-    which replaces the router's choice by a mask [T, E], and keeps the FFN to the masked dense computation. They see
-    padding too; `valid_tokens` tells it apart where `prunepath.nn.observers.padding_masks` is in force.
-    `output_metric`, None or float32 [H, H], is set by `prunepath.train.loss_metric`, and saved nowhere.
+    Four hooks, None unless set: `observe_input(ffn, x)`, `observe_counts(ffn, counts)`, `fetch(ffn, x)`, called before
+    the kernels read the experts of x, and `select(ffn, x, hidden)`, which replaces the router's choice by a mask
+    [T, E], and keeps the FFN to the masked dense computation. They see padding too; `valid_tokens` tells it apart where
+    `prunepath.nn.observers.padding_masks` is in force.
+    `output_metric`, None or float32 [H, H], is set by `prunepath.train.loss_metric`, and saved nowhere. `pages` is
+    where the weights of a packed checkpoint lie, if they are used from there: a `prunepath.packing.ExpertPages`.
 
     Args:
         dense: the module that owns the projections.
@@ -174,6 +185,8 @@ class SparseFFN(nn.Module):
         self.observe_input: Callable[[SparseFFN, torch.Tensor], None] | None = None
         self.observe_counts: Callable[[SparseFFN, torch.Tensor], None] | None = None
         self.select: Callable[[SparseFFN, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+        self.fetch: Callable[[SparseFFN, torch.Tensor], None] | None = None
+        self.pages: object | None = None
         self.padding_mask: torch.Tensor | None = None
         self.output_metric: torch.Tensor | None = None
         if adopt:
@@ -271,7 +284,12 @@ class SparseFFN(nn.Module):
 
     def _store(self, name: str, matrix: torch.Tensor) -> None:
         """Makes `matrix` [out, in] the storage of a projection's weight."""
-        self.projection(name).weight.data = matrix.t() if self.layout.transposed else matrix
+        projection = self.projection(name)
+        stored = matrix.t() if self.layout.transposed else matrix
+        if projection.weight is None:
+            projection.weight = nn.Parameter(stored)
+        else:
+            projection.weight.data = stored
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
         """Neuron activations h [T, D] of x [T, H], in x's dtype."""
@@ -356,7 +374,9 @@ class SparseFFN(nn.Module):
 
     def reads_active_experts(self, x: torch.Tensor) -> bool:
         """Whether x [T, H] is served by the kernels, which read the active experts alone."""
-        if self.select is not None or x.shape[0] > DECODE_TOKENS or torch.is_grad_enabled():
+        if self.select is not None or torch.is_grad_enabled():
+            return False
+        if x.shape[0] > DECODE_TOKENS and not self.is_mapped:
             return False
         if self.layout.dropout is not None and self.training:
             return False
@@ -364,6 +384,8 @@ class SparseFFN(nn.Module):
 
     def run_active_experts(self, x: torch.Tensor) -> torch.Tensor:
         """The output [T, H] of x [T, H] by one operator call; the weights have to be packed."""
+        if self.fetch is not None:
+            self.fetch(self, x)
         packed = self._packed
         router = self._modules["router"]._parameters
         y, counts = self._ops.routed_ffn(
@@ -386,6 +408,11 @@ class SparseFFN(nn.Module):
         if threshold.dim() == 1 and 0 < len(threshold) < num_tokens:
             return threshold.repeat_interleave(num_tokens // len(threshold), output_size=num_tokens)
         return threshold
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the weights are those of `use_packed`, on the CPU."""
+        return self._packed is not None and self._packed.mapped
 
     def _backend(self) -> ops.Backend:
         if self._ops is None:
@@ -414,6 +441,7 @@ class SparseFFN(nn.Module):
         self._backend()  # the one that calls use
         with torch.no_grad():
             self._packed = self._pack(linears)
+        self.pages = None
         return True
 
     def _pack(self, linears: tuple[nn.Module, ...]) -> _Packed:
@@ -431,22 +459,37 @@ class SparseFFN(nn.Module):
             for g, name in enumerate(layout.inputs):
                 self._store(name, w_in.flatten(0, 1)[:, g])
         self._store(layout.down, w_out.flatten(0, 1).t())
+        return self._describe(w_in, w_out, self.mean_output(w_out), linears, mapped=False)
+
+    def mean_output(self, w_out: torch.Tensor) -> torch.Tensor | None:
+        """What the experts of w_out [E, n, H] add where all contribute their means, W_down·m: float32 [H]."""
+        return None if self.center is None else self.center.float() @ w_out.flatten(0, 1).float()
+
+    def _describe(
+        self,
+        w_in: torch.Tensor,
+        w_out: torch.Tensor,
+        mean_output: torch.Tensor | None,
+        linears: tuple[nn.Module, ...],
+        *,
+        mapped: bool,
+    ) -> _Packed:
+        shape = (self.num_experts, self.expert_width)
         b_in = b_out = center = None
         biases = self.input_biases()
         if any(bias is not None for bias in biases):
-            biases = [torch.zeros_like(w_out[..., 0]).flatten() if bias is None else bias for bias in biases]
+            biases = [torch.zeros(self.intermediate_size, device=w_in.device) if b is None else b for b in biases]
             b_in = torch.stack([bias.float() for bias in biases], dim=-1).view(*shape, len(biases))
         if linears[-1].bias is not None:
             b_out = linears[-1].bias.detach().float()
         if self.center is not None:
             center = self.center.float().view(shape)
-            mean_output = self.center.float() @ w_out.flatten(0, 1).float()
             b_out = mean_output if b_out is None else b_out + mean_output
         options = {"b_in": b_in, "b_out": b_out, "center": center}
         options = {name: tensor for name, tensor in options.items() if tensor is not None}
         if (self.min_experts, self.max_experts) != (1, 0):
             options.update(min_experts=self.min_experts, max_experts=self.max_experts)
-        places = [self._places[name] for name in layout.projections]
+        places = [self._places[name] for name in self.layout.projections]
         owners = [(linear._parameters, name) for linear in linears for name in ("weight", "bias")]
         owners.append((self._buffers, "center"))
         return _Packed(
@@ -456,20 +499,63 @@ class SparseFFN(nn.Module):
             tuple([(parent._modules, leaf, linear) for (parent, leaf), linear in zip(places, linears, strict=True)]),
             tuple(
                 [
-                    (tensors, name, tensor, tensor.data_ptr(), _version(tensor))
+                    (tensors, name, tensor, *_state(tensor))
                     for tensors, name in owners
                     if (tensor := tensors.get(name)) is not None
                 ]
             ),
+            mapped,
         )
+
+    def packed_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of `use_packed`'s weights."""
+        experts = (self.num_experts, self.expert_width)
+        inputs = (2, *experts) if self.layout.is_fused else (*experts, 1 if self.layout.gate is None else 2)
+        return (*inputs, self.hidden_size), (*experts, self.hidden_size)
+
+    def expert_major(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights as `use_packed` takes them."""
+        self.pack()
+        packed = self._packed
+        w_in = packed.w_in.permute(2, 0, 1, 3) if self.layout.is_fused else packed.w_in
+        return w_in, packed.w_out
+
+    def drop_weights(self) -> None:
+        """Leaves the projections without weights, until `use_packed` gives them some."""
+        self._packed = None
+        for name in self.layout.projections:
+            self.projection(name).weight = None
+
+    @torch.no_grad()
+    def use_packed(self, w_in: torch.Tensor, w_out: torch.Tensor, mean_output: torch.Tensor | None) -> None:
+        """Takes weights that are laid out expert by expert already, without copying or reading them.
+
+        As long as they are on the CPU, calls of any length read the active experts alone.
+
+        Args:
+            w_in: [E, n, G, H], as of `ops.pack_experts`; [2, E, n, H] where gate and up are one matrix.
+            w_out: [E, n, H].
+            mean_output: as of `mean_output(w_out)`, which would read all of w_out; None without centring.
+        """
+        layout = self.layout
+        if layout.is_fused:
+            self._store(layout.up, w_in.view(-1, self.hidden_size))
+            w_in = w_in.permute(1, 2, 0, 3)
+        else:
+            for g, name in enumerate(layout.inputs):
+                self._store(name, w_in.flatten(0, 1)[:, g])
+        self._store(layout.down, w_out.flatten(0, 1).t())
+        linears = tuple(self.projection(name) for name in layout.projections)
+        self._backend()  # the one that calls use
+        self._packed = self._describe(w_in, w_out, mean_output, linears, mapped=w_in.device.type == "cpu")
 
     def _unpack(self, *_) -> None:
         """Gives every weight storage of its own again: files cannot hold tensors that overlap in memory."""
         linears = [self.projection(name) for name in self.layout.projections]
         for linear in linears if self._packed is None else [linear for _, _, linear in self._packed.linears]:
-            if _is_plain(linear):
+            if _is_plain(linear) and linear.weight is not None:
                 linear.weight.data = linear.weight.data.contiguous()
-        self._packed = None
+        self._packed = self.pages = None
 
     def train(self, mode: bool = True):
         if mode:
@@ -480,11 +566,16 @@ class SparseFFN(nn.Module):
         super()._apply(fn, recurse)
         self._ops = None
         self.threshold = self._threshold_value  # float32 whatever the model was cast to
-        if self._packed is not None:
+        packed = self._packed
+        if packed is not None and packed.mapped and packed.stayed():
+            self._backend()
+            tensors = tuple([(owner, name, owner[name], *_state(owner[name])) for owner, name, *_ in packed.tensors])
+            self._packed = dataclasses.replace(packed, tensors=tensors)
+        elif packed is not None:
             self._packed = None
             self.pack()
         return self
 
     def __getstate__(self) -> dict:
         # A copy packs its own weights on its first use.
-        return {**self.__dict__, "_packed": None, "_ops": None}
+        return {**self.__dict__, "_packed": None, "pages": None, "fetch": None, "_ops": None}

@@ -14,6 +14,7 @@ from transformers.trainer_utils import set_seed
 import prunepath
 from prunepath.convert.adapters import find_ffns
 from prunepath.modeling import SparseDescription, install
+from prunepath.packing import pack
 
 VOCABULARY = 97
 SMALL = {
@@ -434,3 +435,17 @@ def test_a_class_of_a_known_name_and_another_shape_is_refused():
         find_ffns(torch.nn.Sequential(GPTNeoXMLP(linear(32, 64), linear(64, 16))))
     with pytest.raises(prunepath.PrunePathError, match="GPTNeoXMLP with the projections dense_h_to_4h, dense_4h_to_h"):
         find_ffns(torch.nn.Sequential(GPTNeoXMLP(linear(32, 64), None)))
+
+
+@torch.no_grad()
+def test_packed_checkpoints_are_the_same_model(family, tmp_path):
+    sparse = make_sparse(make_dense(family))
+    prunepath.save(sparse, None, tmp_path / "sparse")
+    pack(tmp_path / "sparse", tmp_path / "packed")
+    auto = getattr(transformers, FAMILIES[family][3])
+    expected, packed = (auto.from_pretrained(tmp_path / name).eval() for name in ("sparse", "packed"))
+    assert all(ffn.is_mapped for ffn in prunepath.sparse_ffns(packed).values())
+    for threshold in (0.4, 1.0):
+        prunepath.set_threshold(expected, threshold)
+        prunepath.set_threshold(packed, threshold)
+        assert torch.equal(output(packed), output(expected))

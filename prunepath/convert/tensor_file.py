@@ -1,0 +1,242 @@
+"""Safetensors files through one memory map, and writing them with every tensor where a page begins.
+
+The safetensors package reads a tensor by copying it, and places tensors at multiples of 8 bytes: neither lets an
+expert stay on disk until it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from prunepath.errors import CheckpointError
+
+PAGE_BYTES = 4096
+PADDING = "padding."
+"""How the names of the tensors begin that fill a page: a safetensors file may have no holes."""
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # as in the safetensors package
+_LARGE_ROW = 1 << 20  # Linux maps 64 KiB around a byte that was asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorEntry:
+    """What a file's header says of one tensor.
+
+    Attributes:
+        dtype: safetensors' name of it, such as BF16.
+        shape: its shape.
+        begin, end: where its bytes are, from the beginning of the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class TensorFile:
+    """A safetensors file of which nothing but the header is read until a tensor's elements are.
+
+    Attributes:
+        path: the file.
+        entries: name -> `TensorEntry`, in the order of their bytes.
+        metadata: the header's texts.
+
+    Raises:
+        CheckpointError: a file that is missing, cut short or no safetensors file.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                length = int.from_bytes(file.read(8), "little")
+                if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                    raise ValueError("its header does not fit into it")
+                header = json.loads(file.read(length))
+                self.metadata: dict[str, str] = header.pop("__metadata__", {})
+                entries = {
+                    name: TensorEntry(
+                        str(entry["dtype"]), tuple(entry["shape"]), *(8 + length + at for at in entry["data_offsets"])
+                    )
+                    for name, entry in header.items()
+                }
+                # Private: a write, as of an optimiser, goes to memory of this process and never to the file.
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise CheckpointError(
+                f"Expected the safetensors file {self.path}, but it cannot be read: {error.strerror or error}."
+            ) from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"Expected {self.path} to be a whole safetensors file, but its header cannot be read ({error})."
+            ) from error
+        self._marked = False
+        self.entries = dict(sorted(entries.items(), key=lambda item: item[1].begin))
+        for name, entry in self.entries.items():
+            known = _DTYPES.get(entry.dtype)
+            expected = entry.end - entry.begin if known is None else math.prod(entry.shape) * known.itemsize
+            if not 8 + length <= entry.begin <= entry.end <= size or entry.end - entry.begin != expected:
+                raise CheckpointError(
+                    f"Expected {self.path} to be a whole safetensors file, but {name} does not lie within its "
+                    f"{size} bytes."
+                )
+
+    @property
+    def mapped_bytes(self) -> int:
+        """The size of the file, and of its map."""
+        return len(self._map)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor on the map: nothing is read before its elements are.
+
+        Raises:
+            CheckpointError: no such tensor, or one of a dtype that the kernels do not compute with.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"Expected {self.path} to hold {name}, but it does not.")
+        if entry.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"Expected {name} in {self.path} to be float32, bfloat16 or float16, got {entry.dtype}."
+            )
+        count = math.prod(entry.shape)
+        if count == 0:
+            return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+        flat = torch.frombuffer(self._map, dtype=_DTYPES[entry.dtype], count=count, offset=entry.begin)
+        return flat.view(entry.shape)
+
+    def bytes(self, name: str) -> memoryview:
+        """A tensor's bytes on the map, whatever its dtype."""
+        entry = self.entries[name]
+        return memoryview(self._map)[entry.begin : entry.end]
+
+    def release(self, begin: int = 0, end: int | None = None) -> None:
+        """Takes the whole pages from `begin` to `end` out of this process's memory; using them again reads the file.
+
+        What was written to them is lost.
+        """
+        begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = self.mapped_bytes if end is None else end // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def read_ahead(self, begin: int, end: int) -> None:
+        """Has the system begin to read the bytes from `begin` to `end`."""
+        begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_WILLNEED"):
+            self._map.madvise(mmap.MADV_WILLNEED, begin, end - begin)
+
+    def separate(self, begin: int, size: int, rows: int) -> None:
+        """Keeps rows of `size` bytes, from `begin` on, from coming into memory with their neighbours.
+
+        To be called in the order of the rows, so that the first of one call differs from the last of the one before.
+
+        Linux maps pages around the one that was asked for, but never beyond a mapping, and mappings that differ in
+        what a core dump takes of them are not one.
+        """
+        # Of larger rows, the neighbours' share is small.
+        if hasattr(mmap, "MADV_DONTDUMP") and size % mmap.PAGESIZE == begin % mmap.PAGESIZE == 0 and size < _LARGE_ROW:
+            for row in range(rows):
+                self._marked = not self._marked
+                if self._marked:
+                    self._map.madvise(mmap.MADV_DONTDUMP, begin + row * size, size)
+
+    def touched_bytes(self) -> int:
+        """How much of the map is in this process's memory. Linux alone; elsewhere 0."""
+        start = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
+        touched, inside = 0, False
+        try:
+            with open("/proc/self/smaps", encoding="ascii", errors="replace") as file:
+                for line in file:
+                    first, _, rest = line.partition(" ")
+                    if not first.endswith(":"):
+                        begin = int(first.partition("-")[0], 16)
+                        inside = start <= begin < start + len(self._map)
+                    elif inside and first == "Rss:":
+                        touched += int(rest.split()[0]) * 1024
+        except OSError:
+            return 0
+        return touched
+
+
+@dataclasses.dataclass(frozen=True)
+class NewTensor:
+    """A tensor to write.
+
+    Attributes:
+        dtype: safetensors' name of it, such as BF16.
+        shape: its shape.
+        read: gives its bytes, once, when they are due.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    read: Callable[[], memoryview]
+
+    @classmethod
+    def copied(cls, file: TensorFile, name: str) -> NewTensor:
+        """A tensor of another file as it is there."""
+        entry = file.entries[name]
+        return cls(entry.dtype, entry.shape, entry.end - entry.begin, lambda: file.bytes(name))
+
+    @classmethod
+    def computed(cls, dtype: torch.dtype, shape: Iterable[int], compute: Callable[[], torch.Tensor]) -> NewTensor:
+        """A tensor that `compute` makes when it is due."""
+        shape = tuple(shape)
+
+        def read() -> memoryview:
+            tensor = compute()
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise CheckpointError(
+                    f"Expected a tensor of {dtype} {list(shape)} to write, got {tensor.dtype} {list(tensor.shape)}."
+                )
+            return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+
+        return cls(_NAMES[dtype], shape, math.prod(shape) * dtype.itemsize, read)
+
+
+def write_tensor_file(
+    path: str | os.PathLike, tensors: dict[str, NewTensor], metadata: dict[str, str], *, align: int = 8
+) -> None:
+    """Writes a safetensors file, one tensor in memory at a time, each beginning at a multiple of `align` bytes.
+
+    The header is filled with spaces, and tensors named `padding.…` stand where one ends before the next may begin.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    header: dict[str, object] = {"__metadata__": metadata}
+    parts: list[Callable[[], memoryview | bytes]] = []
+    at = 0
+
+    def add(name: str, dtype: str, shape: Iterable[int], size: int, read: Callable[[], memoryview | bytes]) -> None:
+        nonlocal at
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        parts.append(read)
+        at += size
+
+    for name, tensor in tensors.items():
+        if gap := -at % align:
+            add(f"{PADDING}{len(parts)}", "U8", [gap], gap, lambda gap=gap: bytes(gap))
+        add(name, tensor.dtype, tensor.shape, tensor.size, tensor.read)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % max(align, 8))
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for read in parts:
+            file.write(read())
+        file.flush()
+        os.fsync(file.fileno())
