@@ -3,10 +3,10 @@
     python benchmarks/decode.py --device cpu --model qwen2.5-1.5b
     python benchmarks/decode.py --device cuda --model llama-3-8b --active 0.1,0.25,0.5,1 --json decode.json
 
-Every model has a process of its own, so that its peak memory can be read from outside, and the processes take turns,
-so that a busy machine slows all of them alike. The weights are drawn at random, the same for all, and so are a prompt
-and the tokens that are fed after it, whatever the logits say: all models do the same work, and a random model's habit
-of repeating one token does not make every token choose the same experts.
+Every model has a process of its own, so that its peak memory can be read from outside, and the dense and the sparse
+one take turns, so that a busy machine slows both alike. The weights are drawn at random, the same for all, and so are a
+prompt and the tokens that are fed after it, whatever the logits say: all models do the same work, and a random model's
+habit of repeating one token does not make every token choose the same experts.
 
 Active fraction: the routers are random, so each FFN's threshold is the quantile of the probability mass before an
 expert, over all experts and all the tokens that will be fed, that makes just that share of them active. One pass over
@@ -378,32 +378,40 @@ class Child:
 
 
 def bench(name: str, args: argparse.Namespace, console: Console) -> list[dict]:
-    shared = {
-        "device": args.device,
-        "model": name,
-        "layers": args.layers,
-        "dtype": args.dtype,
-        "threads": args.threads,
-        "prompt": args.prompt,
-        "tokens": args.tokens,
-        "seed": args.seed,
-    }
-    children = [
-        Child(kind, {**shared, "setting": setting, "experts": args.experts if kind == "sparse" else None})
-        for setting in args.settings
-        for kind in ("dense", "sparse")
-    ]
-    try:
-        return measure(name, args, children, console)
-    finally:
-        for child in children:
-            if child.failure is None:
-                child.close()
+    """A row for each model, setting and active fraction. Two processes live at a time."""
+    rows, expected = [], None
+    for setting in args.settings:
+        spec = {
+            "device": args.device,
+            "model": name,
+            "layers": args.layers,
+            "dtype": args.dtype,
+            "threads": args.threads,
+            "prompt": args.prompt,
+            "tokens": args.tokens,
+            "seed": args.seed,
+            "setting": setting,
+        }
+        children = [Child("dense", {**spec, "experts": None}), Child("sparse", {**spec, "experts": args.experts})]
+        try:
+            expected = check(name, args, children, expected)
+            rows.extend(measure(name, args, children))
+        finally:
+            for child in children:
+                if child.failure is None:
+                    child.close()
+    for fraction in args.active:
+        group = [row for row in rows if row["asked"] == fraction]
+        times = [row["ms_per_token"] for row in group if row["kind"] == "dense" and row["ms_per_token"]]
+        for row in group:
+            spent = row["ms_per_token"]
+            row["speedup_over_best_dense"] = min(times) / spent if times and spent else None
+        show(group, console)
+    return rows
 
 
-def measure(name: str, args: argparse.Namespace, children: list[Child], console: Console) -> list[dict]:
-    """A row for each model, setting and active fraction."""
-    expected = None
+def check(name: str, args: argparse.Namespace, children: list[Child], expected: torch.Tensor | None) -> torch.Tensor:
+    """Starts the models and compares their logits with `expected`, or with those of the first dense one."""
     for child in children:
         child.send("start")
     for child in children:
@@ -417,7 +425,7 @@ def measure(name: str, args: argparse.Namespace, children: list[Child], console:
         logits = answer[1]
         if expected is None:
             if child.kind != "dense":
-                raise SystemExit("No dense model ran, so there is nothing to check the sparse one by.")
+                raise SystemExit(f"{name}: no dense model ran to check the sparse one by: {children[0].failure}")
             expected = logits
         errors = (logits - expected).norm(dim=1) / expected.norm(dim=1)
         error = math.nan if errors.isnan().any() else errors.max().item()
@@ -427,31 +435,31 @@ def measure(name: str, args: argparse.Namespace, children: list[Child], console:
                 f"{TOLERANCES[args.dtype]:g}, got {error:.1e}: nothing is timed."
             )
         child.spec["relative_error"] = error
+    return expected
 
+
+def measure(name: str, args: argparse.Namespace, children: list[Child]) -> list[dict]:
+    """A row for each child and active fraction."""
     rows = []
     for fraction in args.active:
-        jobs, found = [], {}
+        found = {}
         for child in children:
-            if child.failure is None and child.kind == "sparse":
-                found[child] = child.ask("activate", fraction)
-                if found[child] is not None and abs(found[child]["active"] - fraction) > 0.01:
+            if child.kind == "sparse" and (answer := child.ask("activate", fraction)) is not None:
+                found[child] = answer
+                if abs(answer["active"] - fraction) > 0.01:
                     raise SystemExit(
-                        f"{name}: expected {fraction:.0%} of the experts to be active, got "
-                        f"{found[child]['active']:.1%}: nothing is timed."
+                        f"{name}: expected {fraction:.0%} of the experts to be active, got {answer['active']:.1%}: "
+                        "nothing is timed."
                     )
-        jobs = [child for child in children if child.failure is None]
-        times = {child: [] for child in jobs}
-        for child in jobs:
             child.forget_peak()
+        times = {child: [] for child in children}
         for repeat in range(args.repeats + 1):
-            for child in jobs:
+            for child in children:
                 answer = child.ask("run")
                 if repeat > 0 and answer is not None:
                     times[child].append(answer[0])
-        medians = {child: statistics.median(samples) for child, samples in times.items() if samples}
-        best_dense = min((value for child, value in medians.items() if child.kind == "dense"), default=None)
         for child in children:
-            spent = medians.get(child)
+            spent = statistics.median(times[child]) if times[child] else None
             rows.append(
                 {
                     "model": name,
@@ -465,16 +473,14 @@ def measure(name: str, args: argparse.Namespace, children: list[Child], console:
                     "asked": fraction,
                     "kind": child.kind,
                     "setting": child.setting,
-                    **(found.get(child) or dict.fromkeys(("active", "least", "most"))),
+                    **found.get(child, dict.fromkeys(("active", "least", "most"))),
                     "ms_per_token": spent and 1e3 * spent,
                     "tokens_per_s": spent and 1 / spent,
-                    "speedup_over_best_dense": spent and best_dense and best_dense / spent,
                     "peak_bytes": child.peak_bytes() if spent else None,
                     "relative_error": child.spec.get("relative_error"),
                     "skipped": child.failure,
                 }
             )
-        show(rows[-len(children) :], console)
     return rows
 
 
