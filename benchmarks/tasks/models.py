@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -122,9 +123,9 @@ def train_dense(task: Task, stream: torch.Tensor, vocab_size: int, end: int, *, 
 
 
 # Optimiser steps of pre-training on the token stream and of training on the task. The Llama model comes trained.
-_STEPS = {"lm-llama": (0, 0), "lm-opt": (2600, 0), "instruct": (0, 900), "nlu": (5000, 1200), "nlg": (5000, 800)}
+_STEPS = {"lm-llama": (0, 0), "lm-opt": (2600, 0), "instruct": (0, 900), "nlu": (5000, 1200), "nlg": (3500, 800)}
 # Learning rates of pre-training and of training on the task. BERT's normalisation after each layer bears no more: at
-# 5e-4 its output stops depending on its input. T5's are relative to each matrix's size (see `fit`).
+# 5e-4 its output stops depending on its input. T5's are relative to each matrix's size: see `fit`.
 _RATES = {"llama": (1.5e-3, 3e-4), "opt": (1.5e-3, 5e-4), "bert": (3e-4, 2e-4), "t5": (1e-2, 3e-3)}
 _STEPS_TINY = {"lm-llama": (4, 0), "lm-opt": (4, 0), "instruct": (4, 4), "nlu": (4, 4), "nlg": (4, 4)}
 
@@ -132,21 +133,20 @@ _STEPS_TINY = {"lm-llama": (4, 0), "lm-opt": (4, 0), "instruct": (4, 4), "nlu": 
 def fit(model: nn.Module, batches: Iterator[Examples], steps: int, rate: float, task: Task | None, report) -> None:
     """Trains in place; with a task, ends with the weights of the lowest validation loss.
 
-    T5 with Adafactor, whose steps are relative to the size of a matrix, as its initial weights differ widely in theirs
-    (arXiv 1910.10683, section 3.1.2); the others with AdamW.
+    T5's initial weights differ widely in size, and each matrix's learning rate is relative to its own (as Adafactor's,
+    with which T5 came: arXiv 1910.10683, section 3.1.2).
     """
     cuda = next(model.parameters()).is_cuda
-    if model.config.model_type == "t5":
-        optimizer = torch.optim.Adafactor(model.parameters(), lr=rate)
-    else:
-        decayed = [p for p in model.parameters() if p.dim() >= 2]
-        others = [p for p in model.parameters() if p.dim() < 2]
-        optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-            lr=rate,
-            betas=(0.9, 0.95),
-            fused=cuda,
-        )
+    relative = model.config.model_type == "t5"
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for p in model.parameters():
+        size = max(1e-3, p.detach().square().mean().sqrt().item()) if relative else 1.0
+        groups[rate * size, 0.1 if p.dim() >= 2 and not relative else 0.0].append(p)
+    optimizer = torch.optim.AdamW(
+        [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
+        betas=(0.9, 0.95),
+        fused=cuda,
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps))
     best, kept = math.inf, None
     model.train()
