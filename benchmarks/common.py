@@ -52,8 +52,10 @@ def processor() -> str:
 
 
 @functools.cache
-def last_level_cache_bytes() -> int:
-    """Bytes of all last-level CPU caches together; 64 MiB where the system does not say."""
+def last_level_cache_bytes(device: str = "cpu") -> int:
+    """Bytes of all last-level CPU caches together, 64 MiB where the system does not say; or of the GPU's L2 cache."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
     caches = {}
     for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
         try:
@@ -65,8 +67,10 @@ def last_level_cache_bytes() -> int:
     return sum(size for (level, _), size in caches.items() if level == last) or 64 * 2**20
 
 
-def available_memory_bytes() -> int:
+def available_memory_bytes(device: str = "cpu") -> int:
     """Memory that can be taken without swapping; half of the machine's where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
     try:
         for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):

@@ -2,18 +2,23 @@
 
     python benchmarks/ffn.py --device cpu                        # four real shapes, bfloat16, one token
     python benchmarks/ffn.py --shapes llama-3-8b --active 10,25 --batch 1,8 --threads 1,2 --csv ffn.csv
+    python benchmarks/ffn.py --shapes qwen2.5-1.5b --active 25,100 --batch 128,512         # prefill
+    python benchmarks/ffn.py --device cuda --json ffn.json       # batches 1, 4, 8 and 32
 
 Nothing is timed before it has been checked: every call's result, on the very tensors that are timed, is compared with
 a float64 reference given the selection. `routed_ffn` gets its active fraction from a router and a threshold per token,
 and its counts are checked too; `sparse_ffn` is given the same experts. The weights of several layers are rotated, as
 many as it takes for a round to read several times the last-level cache, and a round of every candidate, and of a probe
-of the read bandwidth, is taken in turn. Times are medians of those rounds, per call.
+of the read bandwidth, is taken in turn. Times are medians of those rounds, per call. On a GPU a round is one CUDA
+graph, timed by events on the device; the bandwidth of a copy, counted in both directions, is measured too.
 
-The baselines are dense (F.linear; oneDNN with weights packed beforehand) or read the active experts alone (F.grouped_mm
-over lists of tokens per expert that are made beforehand; index_select, which copies the weights, and F.linear; with
-"(T)" the copy of the down projection is transposed too, which suits some of torch's half-precision kernels). GB/s
-are the bytes of weights that a call needs, not what it moves: those of the experts that any token of the batch chose,
-the router's where it runs, and everything for a dense FFN. "vs dense" is against the fastest dense baseline.
+The baselines are dense (F.linear, cuBLAS on a GPU; oneDNN with weights packed beforehand) or read the active experts
+alone (F.grouped_mm over lists of tokens per expert that are made beforehand; index_select, which copies the weights,
+and F.linear; with "(T)" the copy of the down projection is transposed too, which suits some of torch's half-precision
+kernels; on a GPU, transformers' kernels for mixtures of experts, which are told the experts). GB/s are the bytes of
+weights that a call needs, not what it moves: those of the experts that any token of the batch chose, the router's where
+it runs, and everything for a dense FFN; "of probe" is thus the floor's share of the time. "vs dense" is against the
+fastest dense baseline.
 """
 
 import argparse
@@ -27,11 +32,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import available_memory_bytes, last_level_cache_bytes, machine, seconds, whole_numbers
+from common import available_memory_bytes, last_level_cache_bytes, machine, seconds, today, whole_numbers
 from torch import Tensor
 
-from prunepath import native
-from prunepath.errors import PrunePathError
+from prunepath import native, ops
+from prunepath.errors import BackendError, PrunePathError
 from prunepath.eval.files import replacing, write_json
 from prunepath.ops import reference
 
@@ -44,6 +49,10 @@ ONEDNN_ACTIVATIONS = {"relu": "relu", "silu": "swish"}
 CACHES_A_ROUND = 4
 # A slow baseline's round is cut to about this; fewer layers can only make it look faster.
 BASELINE_ROUND_SECONDS = 0.5
+# Calls of more tokens are bound by arithmetic, so that few layers do; their reference takes long.
+MEMORY_BOUND_TOKENS = 64
+PREFILL_LAYERS = 2
+COPY = "copy"
 
 
 @dataclass(frozen=True)
@@ -242,6 +251,10 @@ def dense_candidates(inputs: list[Inputs], activation: str) -> list[Candidate]:
         down = given.layer.w_out.flatten(0, 1).t()
         weights = [None if w is None else w.contiguous() for w in (gate[0] if gate else None, up, down)]
         linear.calls.append(partial(linear_ffn, given.x, *weights, activation))
+        if given.x.is_cuda:
+            continue
+        if activation not in ONEDNN_ACTIVATIONS:
+            onednn.skipped = f"oneDNN fuses no {activation}"
         if onednn.skipped:
             continue
         try:
@@ -251,14 +264,77 @@ def dense_candidates(inputs: list[Inputs], activation: str) -> list[Candidate]:
             onednn.skipped = str(error).splitlines()[0]
         else:
             onednn.calls.append(partial(onednn_ffn, given.x, *packed, activation))
-    return [linear, onednn]
+    return [linear] if inputs[0].x.is_cuda else [linear, onednn]
+
+
+def operators(inputs: list[Inputs], activation: str, nbytes: float) -> list[Candidate]:
+    """`routed_ffn` and `sparse_ffn` of every backend of the device. On a CPU they have to pass their check."""
+    device = inputs[0].x.device
+    candidates = []
+    for name in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
+        suffix = "" if device.type == "cpu" else f" {name}"
+        routed = Candidate(f"routed_ffn{suffix}", [], nbytes + inputs[0].layer.router.nbytes)
+        sparse = Candidate(f"sparse_ffn{suffix}", [], nbytes)
+        candidates += [routed, sparse]
+        try:
+            backend = ops.resolve_backend(name, device)
+        except BackendError as error:
+            routed.skipped = sparse.skipped = f"not available: {error}"
+            continue
+        if backend.sparse_ffn is reference.sparse_ffn:
+            routed.skipped = sparse.skipped = f"not available: {name} has no such kernel"
+            continue
+        routed.required = sparse.required = device.type == "cpu"
+        for given in inputs:
+            x, layer = given.x, given.layer
+            weights = (layer.w_in, layer.w_out)
+            routed.calls.append(
+                partial(backend.routed_ffn, x, layer.router, None, given.threshold, *weights, activation)
+            )
+            sparse.calls.append(partial(backend.sparse_ffn, x, *weights, given.expert_ids, given.counts, activation))
+    return candidates
+
+
+class MixtureOfExperts:
+    """What transformers' expert kernels read of a module of theirs, whose weights they want in another layout."""
+
+    has_bias = is_transposed = has_post_expert_norm = False
+    is_concatenated = True
+
+    def __init__(self, layer: Layer, activation: str) -> None:
+        self.num_experts, _, per_neuron, _ = layer.w_in.shape
+        self.has_gate = per_neuron == 2
+        self.act_fn = reference.ACTIVATIONS[activation]
+        inputs = torch.cat(layer.w_in.unbind(2), 1)  # [E, G·n, H], an expert's gates before its ups
+        self.gate_up_proj = self.up_proj = inputs
+        self.down_proj = layer.w_out.transpose(1, 2).contiguous()
+
+    def _apply_gate(self, pre: Tensor) -> Tensor:
+        gate, up = pre.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+
+def transformers_candidates(inputs: list[Inputs], activation: str, nbytes: float) -> list[Candidate]:
+    """transformers' kernels, which scale every expert's output by a weight: 1 here."""
+    batched = Candidate("transformers batched", [], nbytes)
+    grouped = Candidate("transformers grouped", [], nbytes)
+    try:
+        from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
+    except ImportError:
+        batched.skipped = grouped.skipped = "not available: this transformers has none, or is not installed"
+        return [batched, grouped]
+    for given in inputs:
+        experts = MixtureOfExperts(given.layer, activation)
+        chosen = given.expert_ids[:, : int(given.counts[0])].long()
+        weights = torch.ones_like(chosen, dtype=given.x.dtype)
+        batched.calls.append(partial(batched_mm_experts_forward, experts, given.x, chosen, weights))
+        grouped.calls.append(partial(grouped_mm_experts_forward, experts, given.x, chosen, weights))
+    return [batched, grouped]
 
 
 def sparse_candidates(inputs: list[Inputs], activation: str) -> list[Candidate]:
     """The operators, which have to pass their check, and what one would write without them."""
     nbytes = statistics.mean(given.nbytes for given in inputs)
-    routed = Candidate("routed_ffn", [], nbytes + inputs[0].layer.router.nbytes, required=True)
-    sparse = Candidate("sparse_ffn", [], nbytes, required=True)
     grouped = Candidate("F.grouped_mm", [], nbytes)
     selected = Candidate("index_select", [], nbytes)
     transposed = Candidate("index_select (T)", [], nbytes)
@@ -266,12 +342,6 @@ def sparse_candidates(inputs: list[Inputs], activation: str) -> list[Candidate]:
         grouped.skipped = "this torch has no F.grouped_mm"
     for given in inputs:
         x, layer = given.x, given.layer
-        weights = (layer.w_in, layer.w_out)
-        op = torch.ops.prunepath.routed_ffn.default
-        routed.calls.append(partial(op, x, layer.router, None, given.threshold, *weights, activation))
-        op = torch.ops.prunepath.sparse_ffn.default
-        sparse.calls.append(partial(op, x, *weights, given.expert_ids, given.counts, activation))
-
         chosen = torch.zeros(len(x), len(given.union), dtype=torch.bool, device=x.device)
         chosen.scatter_(1, given.local_ids, True)
         mask = chosen.to(x.dtype)[:, :, None]
@@ -280,41 +350,83 @@ def sparse_candidates(inputs: list[Inputs], activation: str) -> list[Candidate]:
         experts, token_of = chosen.t().nonzero(as_tuple=True)
         sizes = given.union[experts].bincount(minlength=len(layer.w_in))
         grouped.calls.append(partial(grouped_mm_ffn, given, token_of, sizes.cumsum(0).int(), activation))
-    return [routed, sparse, grouped, selected, transposed]
+    candidates = [*operators(inputs, activation, nbytes), grouped, selected, transposed]
+    if inputs[0].x.is_cuda:
+        candidates += transformers_candidates(inputs[:2], activation, nbytes)
+    return candidates
 
 
 def make_probe(nbytes: int, device: torch.device) -> list[Candidate]:
-    """Calls that read `nbytes` once and do next to nothing else; the faster one is the read bandwidth."""
+    """Calls that read `nbytes` once and do next to nothing else, the fastest at the read bandwidth; and a copy."""
     columns = 4096
     buffer = torch.rand(nbytes // (4 * columns), columns, device=device)
     vector = torch.rand(columns, device=device)
+    half = buffer.view(2, -1)
     return [
         Candidate("sum", [buffer.sum], buffer.nbytes),
         Candidate("matrix-vector product", [partial(torch.mv, buffer, vector)], buffer.nbytes),
+        Candidate("largest", [buffer.amax], buffer.nbytes),
+        Candidate(COPY, [partial(half[0].copy_, half[1])], buffer.nbytes),
     ]
 
 
-def medians(candidates: list[Candidate], repeats: int) -> list[float]:
+def capture(calls: list[Callable[[], object]]) -> Callable[[], float]:
+    """A CUDA graph of the calls; a replay waits for itself and returns its seconds on the device."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def replay() -> float:
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    replay()
+    return replay
+
+
+def prepare(candidate: Candidate, device: torch.device) -> Callable[[], float] | None:
+    """What runs a round of the candidate and returns the seconds of a call; None, the reason noted, if it cannot."""
+    calls = candidate.calls
+    if device.type == "cuda":
+        try:
+            replay = capture(calls)
+        except RuntimeError as error:
+            candidate.skipped = f"no CUDA graph: {str(error).splitlines()[0]}"
+            return None
+        return lambda: replay() / len(calls)
+    if not candidate.required:
+        calls = calls[: max(1, int(BASELINE_ROUND_SECONDS / seconds(calls[0])))]
+    return lambda: seconds(lambda: [call() for call in calls]) / len(calls)
+
+
+def medians(candidates: list[Candidate], repeats: int, device: torch.device) -> dict[str, float]:
     """Median seconds a call; the candidates take turns, so that a busy machine slows all of them alike."""
-    rounds = []
-    for candidate in candidates:
-        first = seconds(candidate.calls[0])
-        calls = candidate.calls
-        rounds.append(calls if candidate.required else calls[: max(1, int(BASELINE_ROUND_SECONDS / first))])
-    times = [[] for _ in candidates]
+    rounds = {c.name: prepare(c, device) for c in candidates if not c.skipped}
+    times = {name: [] for name, run in rounds.items() if run is not None}
     for _ in range(repeats):
-        for calls, samples in zip(rounds, times, strict=True):
-            samples.append(seconds(lambda calls=calls: [call() for call in calls]) / len(calls))
-    return [statistics.median(samples) for samples in times]
+        for name, samples in times.items():
+            samples.append(rounds[name]())
+    return {name: statistics.median(samples) for name, samples in times.items()}
 
 
 def measure(candidates: list[Candidate], probe: list[Candidate], repeats: int, facts: dict) -> list[dict]:
     """A row for each candidate: `facts`, then what was measured, None where it was not."""
-    timed = [candidate for candidate in candidates if not candidate.skipped]
-    times = medians(timed + probe, repeats)
-    taken = {candidate.name: time for candidate, time in zip(timed, times, strict=False)}
-    bandwidth = max(c.nbytes / time for c, time in zip(probe, times[len(timed) :], strict=True))
-    best_dense = min((taken[c.name] for c in timed if c.dense), default=None)
+    taken = medians(candidates + probe, repeats, torch.device(facts["device"]))
+    rates = {c.name: c.nbytes / taken[c.name] for c in probe if c.name in taken}
+    copy = rates.pop(COPY)
+    bandwidth = max(rates.values())
+    best_dense = min((taken[c.name] for c in candidates if c.dense and c.name in taken), default=None)
     rows = []
     for candidate in candidates:
         time = taken.get(candidate.name)
@@ -323,6 +435,7 @@ def measure(candidates: list[Candidate], probe: list[Candidate], repeats: int, f
             {
                 **facts,
                 "probe_gb_per_s": bandwidth / 1e9,
+                "copy_gb_per_s": copy / 1e9,
                 "candidate": candidate.name,
                 "dense": candidate.dense,
                 "mb": candidate.nbytes / 1e6,
@@ -341,27 +454,28 @@ def print_rows(rows: list[dict]) -> None:
     fact = rows[0]
     print(
         f"\n$ {fact['command']}\n"
-        f"{fact['shape']}, {fact['dtype']}, batch {fact['batch']}, threads {fact['threads']}: "
+        f"{fact['shape']}, {fact['dtype']}, batch {fact['batch']}, "
+        f"{'' if fact['threads'] is None else 'threads ' + str(fact['threads']) + ': '}"
         f"{fact['count']} of {fact['experts']} experts a token, {fact['union_percent']:.1f} % of the weights a call, "
         f"{fact['layers']} layers, {fact['caches_a_round']:.1f} caches a round, "
-        f"probe {fact['probe_gb_per_s']:.1f} GB/s\n"
-        "  candidate               µs     GB/s  of probe  vs dense    error"
+        f"probe {fact['probe_gb_per_s']:.1f} GB/s, copy {fact['copy_gb_per_s']:.1f} GB/s\n"
+        "  candidate                   µs     GB/s  of probe  vs dense    error"
     )
     for row in rows:
         if row["skipped"]:
-            print(f"  {row['candidate']:<16} skipped: {row['skipped']}")
+            print(f"  {row['candidate']:<20} skipped: {row['skipped']}")
             continue
         ratio = row["speedup_over_best_dense"]
         print(
-            f"  {row['candidate']:<16} {row['us']:9.1f} {row['gb_per_s']:8.1f} {row['share_of_probe']:8.0%} "
+            f"  {row['candidate']:<20} {row['us']:9.1f} {row['gb_per_s']:8.1f} {row['share_of_probe']:8.0%} "
             f"{'-' if ratio is None else f'{ratio:.2f}x':>10} {row['relative_error']:9.1e}",
             flush=True,
         )
 
 
-def count_layers(layer_bytes: int, read_bytes: float, memory_bytes: float) -> int:
+def count_layers(layer_bytes: int, read_bytes: float, memory_bytes: float, device: str) -> int:
     """Layers that make a round read enough, or as many as the memory holds."""
-    enough = math.ceil(CACHES_A_ROUND * last_level_cache_bytes() / read_bytes)
+    enough = math.ceil(CACHES_A_ROUND * last_level_cache_bytes(device) / read_bytes)
     return max(1, min(enough, int(memory_bytes // layer_bytes)))
 
 
@@ -376,15 +490,15 @@ def plan(name: str, dtype: torch.dtype, args: argparse.Namespace) -> tuple[int, 
         raise SystemExit(f"{name}: expected --experts to divide {shape.intermediate_size}, got {args.experts}.")
     layer_bytes = shape.intermediate_size * (2 + shape.gated) * shape.hidden_size * dtype.itemsize
     # The probe's buffer and the float64 reference of a layer come off first.
-    reserved = CACHES_A_ROUND * last_level_cache_bytes() + layer_bytes * 8 // dtype.itemsize
+    reserved = CACHES_A_ROUND * last_level_cache_bytes(args.device) + layer_bytes * 8 // dtype.itemsize
     memory = 1e9 * args.memory - reserved
     if memory < 3 * layer_bytes:
         needed = (reserved + 3 * layer_bytes) / 1e9
         raise SystemExit(f"{name} in {dtype}: expected --memory of at least {needed:.1f} (GB), got {args.memory:g}.")
     # Dense layers are held twice, as they are and packed for oneDNN.
-    num_dense = count_layers(2 * layer_bytes, layer_bytes, memory / 3)
+    num_dense = count_layers(2 * layer_bytes, layer_bytes, memory / 3, args.device)
     smallest = layer_bytes * min(count_experts(active, args.experts) for active in args.active) / args.experts
-    num_layers = count_layers(layer_bytes, smallest, memory - 2 * num_dense * layer_bytes)
+    num_layers = count_layers(layer_bytes, smallest, memory - 2 * num_dense * layer_bytes, args.device)
     return layer_bytes, max(num_layers, num_dense), num_dense
 
 
@@ -394,7 +508,7 @@ def bench_shape(name: str, dtype_name: str, args: argparse.Namespace) -> list[di
     counts = {active: count_experts(active, args.experts) for active in args.active}
     layer_bytes, num_layers, num_dense = plan(name, dtype, args)
     layers = [Layer.random(shape, args.experts, dtype, device, args.seed + index) for index in range(num_layers)]
-    probe = make_probe(CACHES_A_ROUND * last_level_cache_bytes(), device)
+    probe = make_probe(max(2**30, CACHES_A_ROUND * last_level_cache_bytes(args.device)), device)
 
     rows = []
     for batch in args.batch:
@@ -405,15 +519,18 @@ def bench_shape(name: str, dtype_name: str, args: argparse.Namespace) -> list[di
                 for index, layer in enumerate(layers[:number])
             ]
 
-        dense_inputs = inputs_of(num_dense, args.experts)
+        prefill = PREFILL_LAYERS if batch > MEMORY_BOUND_TOKENS else num_layers
+        dense_inputs = inputs_of(min(num_dense, prefill), args.experts)
         dense = dense_candidates(dense_inputs, shape.activation)
         sparse = {}
         for active, count in counts.items():
-            number = count_layers(layer_bytes, layer_bytes * count / args.experts, num_layers * layer_bytes)
-            inputs = inputs_of(number, count)
+            held = num_layers * layer_bytes
+            number = count_layers(layer_bytes, layer_bytes * count / args.experts, held, args.device)
+            inputs = inputs_of(min(number, prefill), count)
             sparse[active] = inputs, sparse_candidates(inputs, shape.activation)
         for threads in args.threads:
-            torch.set_num_threads(threads)
+            if threads is not None:
+                torch.set_num_threads(threads)
             # Checked again with every number of threads, which divides the work in another way.
             for candidate in dense:
                 if not candidate.skipped:
@@ -425,7 +542,8 @@ def bench_shape(name: str, dtype_name: str, args: argparse.Namespace) -> list[di
                 read = sum(given.nbytes for given in inputs)
                 facts = {
                     "command": f"python benchmarks/ffn.py --device {args.device} --shapes {name} --active {active} "
-                    f"--batch {batch} --dtype {dtype_name} --threads {threads} --experts {args.experts} "
+                    f"--batch {batch} --dtype {dtype_name} {f'--threads {threads} ' if threads else ''}"
+                    f"--experts {args.experts} "
                     f"--correlation {args.correlation:g} --memory {args.memory:g} --repeats {args.repeats} "
                     f"--seed {args.seed}",
                     "device": args.device,
@@ -442,7 +560,7 @@ def bench_shape(name: str, dtype_name: str, args: argparse.Namespace) -> list[di
                     "active_percent": 100 * counts[active] / args.experts,
                     "union_percent": 100 * read / (len(inputs) * layer_bytes),
                     "layers": len(inputs),
-                    "caches_a_round": read / last_level_cache_bytes(),
+                    "caches_a_round": read / last_level_cache_bytes(args.device),
                 }
                 rows.extend(measure(candidates + dense, probe, args.repeats, facts))
                 print_rows(rows[-len(candidates + dense) :])
@@ -468,7 +586,7 @@ def plot(path: str, rows: list[dict]) -> None:
     panels: dict[tuple, list[dict]] = {}
     for row in rows:
         if not row["skipped"]:
-            panels.setdefault((row["shape"], row["dtype"], row["batch"], row["threads"]), []).append(row)
+            panels.setdefault((row["shape"], row["dtype"], row["batch"], row["threads"] or "-"), []).append(row)
     columns = min(4, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4 * columns, 3.2 * lines + 0.6), layout="constrained")
@@ -485,7 +603,7 @@ def plot(path: str, rows: list[dict]) -> None:
         floor = sorted(
             (row["active_percent"], row["us"] * row["share_of_probe"])
             for row in panel
-            if row["candidate"] == "sparse_ffn"
+            if row["candidate"] == next(r["candidate"] for r in panel if r["candidate"].startswith("sparse_ffn"))
         )
         drawn["bytes / probe"] = axis.plot(*zip(*floor, strict=True), ".:", color="black")[0]
         axis.set_title(f"{shape}, {dtype}, batch {batch}, threads {threads}", fontsize=9)
@@ -513,18 +631,22 @@ def choices(allowed: dict) -> Callable[[str], list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--shapes", type=choices(SHAPES), default=list(SHAPES), help=f"comma-separated: {', '.join(SHAPES)}"
     )
     parser.add_argument(
         "--active", type=whole_numbers, default=[10, 25, 50, 100], help="percent of the experts, comma-separated"
     )
-    parser.add_argument("--batch", type=whole_numbers, default=[1], help="tokens in a call, comma-separated")
+    parser.add_argument(
+        "--batch",
+        type=whole_numbers,
+        help="tokens in a call, comma-separated; unless given 1 on a CPU, and 1,4,8,32 on a GPU",
+    )
     parser.add_argument(
         "--dtype", type=choices(TOLERANCES), default=["bfloat16"], help=f"comma-separated: {', '.join(TOLERANCES)}"
     )
-    parser.add_argument("--threads", type=whole_numbers, default=[torch.get_num_threads()], help="comma-separated")
+    parser.add_argument("--threads", type=whole_numbers, help="of a CPU, comma-separated")
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument(
         "--correlation",
@@ -535,7 +657,6 @@ def main() -> None:
     parser.add_argument(
         "--memory",
         type=float,
-        default=round(available_memory_bytes() / 2e9, 1),
         help="GB that may be used; half of what is available unless given",
     )
     parser.add_argument("--repeats", type=int, default=11)
@@ -543,12 +664,20 @@ def main() -> None:
     parser.add_argument("--json", help="write the rows here")
     parser.add_argument("--csv", help="write the rows here")
     parser.add_argument("--plot", help="draw the rows here; the suffix picks the format")
+    parser.add_argument("--quick", action="store_true", help="one small shape, two rounds: to see that it runs")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch sees no GPU")
+    if args.quick:
+        args.shapes, args.repeats, args.active = ["t5-large"], 2, args.active[:2]
+    args.batch = args.batch or {"cpu": [1], "cuda": [1, 4, 8, 32]}[args.device]
+    args.threads = [None] if args.device == "cuda" else args.threads or [torch.get_num_threads()]
+    args.memory = args.memory or round(available_memory_bytes(args.device) / 2e9, 1)
     if not all(1 <= active <= 100 for active in args.active):
         parser.error(f"argument --active: expected percentages from 1 to 100, got {args.active}")
     if not 0 <= args.correlation <= 1:
         parser.error(f"argument --correlation: expected a number from 0 to 1, got {args.correlation}")
-    if min(*args.batch, *args.threads, args.experts, args.repeats) < 1:
+    if min(*args.batch, *[threads or 1 for threads in args.threads], args.experts, args.repeats) < 1:
         parser.error("expected batches, threads, experts and repeats of at least 1")
     for path in (args.json, args.csv, args.plot):
         if path and not Path(path).absolute().parent.is_dir():
@@ -559,12 +688,12 @@ def main() -> None:
     for name, dtype_name in runs:
         plan(name, getattr(torch, dtype_name), args)  # so that what cannot run is said before any work
 
-    print(machine())
+    print(machine(args.device))
     rows = []
     for name, dtype_name in runs:
         rows.extend(bench_shape(name, dtype_name, args))
     if args.json:
-        write_json(args.json, {"machine": machine(), "rows": rows})
+        write_json(args.json, {"machine": machine(args.device), "date": today(), "rows": rows})
     if args.csv:
         write_csv(args.csv, rows)
     if args.plot:
