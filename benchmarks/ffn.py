@@ -38,6 +38,7 @@ from torch import Tensor
 from prunepath import native, ops
 from prunepath.errors import BackendError, PrunePathError
 from prunepath.eval.files import replacing, write_json
+from prunepath.nn import FFNLayout, SparseFFN
 from prunepath.ops import reference
 
 # Largest relative error of the operators. The baselines are allowed more: torch's own float32 linear can miss 1e-6,
@@ -568,6 +569,28 @@ def bench_shape(name: str, dtype_name: str, args: argparse.Namespace) -> list[di
     return rows
 
 
+def overhead() -> dict[str, float]:
+    """Microseconds of a call whose FFN is too small to matter, on one thread: the operator's, and the module's."""
+    torch.set_num_threads(1)
+    dense = torch.nn.ModuleDict(
+        {
+            "gate": torch.nn.Linear(32, 64, bias=False),
+            "up": torch.nn.Linear(32, 64, bias=False),
+            "down": torch.nn.Linear(64, 32, bias=False),
+        }
+    )
+    ffn = SparseFFN(dense.bfloat16(), FFNLayout(gate="gate", up="up", down="down", activation="silu"), 8).eval()
+    x = torch.randn(1, 32).bfloat16()
+    layer = Layer.random(Shape(32, 64, True, "silu"), 8, torch.bfloat16, torch.device("cpu"), 0)
+    threshold = torch.ones(())
+    op = partial(
+        torch.ops.prunepath.routed_ffn.default, x, layer.router, None, threshold, layer.w_in, layer.w_out, "silu"
+    )
+    calls = {"routed_ffn": op, "SparseFFN": partial(ffn, x)}
+    samples = {name: [seconds(call, 2000) for _ in range(11)] for name, call in calls.items()}
+    return {name: 1e6 * statistics.median(times) for name, times in samples.items()}
+
+
 def write_csv(path: str, rows: list[dict]) -> None:
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
@@ -692,8 +715,12 @@ def main() -> None:
     rows = []
     for name, dtype_name in runs:
         rows.extend(bench_shape(name, dtype_name, args))
+    tiny = overhead() if args.device == "cpu" else {}
+    for name, us in tiny.items():
+        print(f"\nOverhead of a {name} call on a tiny FFN: {us:.1f} µs", end="")
+    print()
     if args.json:
-        write_json(args.json, {"machine": machine(args.device), "date": today(), "rows": rows})
+        write_json(args.json, {"machine": machine(args.device), "date": today(), "rows": rows, "overhead": tiny})
     if args.csv:
         write_csv(args.csv, rows)
     if args.plot:
