@@ -249,6 +249,10 @@ def generate(
         str | None,
         typer.Option(metavar="SIZE", help="Keep at most so much of a packed checkpoint's experts in memory: 4GiB."),
     ] = None,
+    gpu_experts: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Keep at most so much of the experts on the GPU, the rest in host memory."),
+    ] = None,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -260,11 +264,25 @@ def generate(
         if value is not None:
             _check_fraction(name, value)
     limit = None if resident_experts is None else _size("resident-experts", resident_experts)
+    on_gpu = None if gpu_experts is None else _size("gpu-experts", gpu_experts)
+    if limit is not None and on_gpu is not None:
+        raise PrunePathError("Expected --resident-experts or --gpu-experts, got both.")
     with _results(as_json) as results:
         prunepath = _import_prunepath()
         import torch
 
-        loaded, tokenizer = _load(prunepath, model, dtype, device)
+        cache = None
+        if on_gpu is None:
+            loaded, tokenizer = _load(prunepath, model, dtype, device)
+        else:
+            from prunepath.offload import offload_experts
+
+            device = device or "cuda"
+            if device.partition(":")[0] == "cpu":
+                raise PrunePathError("Expected a GPU to hold experts for --gpu-experts, got --device cpu.")
+            _check_device(device)
+            loaded, tokenizer = _load(prunepath, model, dtype, None)
+            cache = offload_experts(loaded, on_gpu, device)
         if limit is not None:
             from prunepath.packing import limit_resident_experts
 
@@ -297,6 +315,8 @@ def generate(
             from prunepath.eval.memory import report_memory as read_memory
 
             memory = {"memory": dataclasses.asdict(read_memory(loaded))}
+        if cache is not None:
+            memory["gpu_experts"] = {"slots": cache.slots, **dataclasses.asdict(cache.statistics)}
         results.json(
             {
                 "prompt": prompt,
@@ -668,15 +688,19 @@ def _import_prunepath():
 
 def _load(prunepath, name: str, dtype: DType, device: str | None):
     if device is not None:
-        import torch
-
-        try:
-            torch.empty(0, device=device)
-        # torch raises RuntimeError or AssertionError, as the device is unknown or its driver is missing.
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise PrunePathError(f"The device {device!r} cannot be used: {reason}.") from error
+        _check_device(device)
     return prunepath.load(name, dtype=dtype.value, device=device)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    # torch raises RuntimeError or AssertionError, as the device is unknown or its driver is missing.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise PrunePathError(f"The device {device!r} cannot be used: {reason}.") from error
 
 
 def _installation() -> dict:

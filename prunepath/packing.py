@@ -274,7 +274,7 @@ def limit_resident_experts(model: nn.Module, limit: int) -> ResidentExperts:
     Raises:
         PrunePathError: for a model whose experts are not used from a file.
     """
-    ffns = [ffn for ffn in sparse_ffns(model).values() if ffn.is_mapped]
+    ffns = [ffn for ffn in sparse_ffns(model).values() if ffn.pages is not None]
     if not ffns:
         raise PrunePathError(
             "Expected a packed checkpoint on the CPU, whose experts can leave memory: make one by prunepath pack."

@@ -144,10 +144,11 @@ class SparseFFN(nn.Module):
     when a projection is no plain linear (a LoRA layer, say) or of another dtype than the rest (T5's `wo` in float16
     models), the FFN is computed densely and masked, in autograd.
 
-    Four hooks, None unless set: `observe_input(ffn, x)`, `observe_counts(ffn, counts)`, `fetch(ffn, x)`, called before
-    the kernels read the experts of x, and `select(ffn, x, hidden)`, which replaces the router's choice by a mask
-    [T, E], and keeps the FFN to the masked dense computation. They see padding too; `valid_tokens` tells it apart where
-    `prunepath.nn.observers.padding_masks` is in force.
+    Five hooks, None unless set: `observe_input(ffn, x)`, `observe_counts(ffn, counts)`, `fetch(ffn, x)`, called before
+    the kernels read the experts of x, `run(ffn, x)`, which gives (y, counts) in the operator's place, and
+    `select(ffn, x, hidden)`, which replaces the router's choice by a mask [T, E], and keeps the FFN to the masked dense
+    computation. They see padding too; `valid_tokens` tells it apart where `prunepath.nn.observers.padding_masks` is in
+    force.
     `output_metric`, None or float32 [H, H], is set by `prunepath.train.loss_metric`, and saved nowhere. `pages` is
     where the weights of a packed checkpoint lie, if they are used from there: a `prunepath.packing.ExpertPages`.
 
@@ -186,6 +187,7 @@ class SparseFFN(nn.Module):
         self.observe_counts: Callable[[SparseFFN, torch.Tensor], None] | None = None
         self.select: Callable[[SparseFFN, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self.fetch: Callable[[SparseFFN, torch.Tensor], None] | None = None
+        self.run: Callable[[SparseFFN, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
         self.pages: object | None = None
         self.padding_mask: torch.Tensor | None = None
         self.output_metric: torch.Tensor | None = None
@@ -374,6 +376,10 @@ class SparseFFN(nn.Module):
 
     def reads_active_experts(self, x: torch.Tensor) -> bool:
         """Whether x [T, H] is served by the kernels, which read the active experts alone."""
+        if self.run is not None and (self.select is not None or torch.is_grad_enabled()):
+            raise PrunePathError("Expected inference without gradients, since the experts are offloaded.")
+        if self.run is not None:
+            return True
         if self.select is not None or torch.is_grad_enabled():
             return False
         if x.shape[0] > DECODE_TOKENS and not self.is_mapped:
@@ -386,18 +392,21 @@ class SparseFFN(nn.Module):
         """The output [T, H] of x [T, H] by one operator call; the weights have to be packed."""
         if self.fetch is not None:
             self.fetch(self, x)
-        packed = self._packed
-        router = self._modules["router"]._parameters
-        y, counts = self._ops.routed_ffn(
-            x,
-            router["weight"],
-            router["bias"],
-            self._thresholds(x.shape[0]),
-            packed.w_in,
-            packed.w_out,
-            self.layout.activation,
-            **packed.options,
-        )
+        if self.run is not None:
+            y, counts = self.run(self, x)
+        else:
+            packed = self._packed
+            router = self._modules["router"]._parameters
+            y, counts = self._ops.routed_ffn(
+                x,
+                router["weight"],
+                router["bias"],
+                self._thresholds(x.shape[0]),
+                packed.w_in,
+                packed.w_out,
+                self.layout.activation,
+                **packed.options,
+            )
         if self.observe_counts is not None:
             self.observe_counts(self, counts)
         return y
@@ -478,7 +487,8 @@ class SparseFFN(nn.Module):
         b_in = b_out = center = None
         biases = self.input_biases()
         if any(bias is not None for bias in biases):
-            biases = [torch.zeros(self.intermediate_size, device=w_in.device) if b is None else b for b in biases]
+            device = self.router.weight.device  # the weights' may be another one
+            biases = [torch.zeros(self.intermediate_size, device=device) if b is None else b for b in biases]
             b_in = torch.stack([bias.float() for bias in biases], dim=-1).view(*shape, len(biases))
         if linears[-1].bias is not None:
             b_out = linears[-1].bias.detach().float()
@@ -506,6 +516,12 @@ class SparseFFN(nn.Module):
             ),
             mapped,
         )
+
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """w_in, w_out and the optional tensors of `ops.sparse_ffn`, of an FFN whose weights are packed."""
+        packed = self._packed
+        options = {name: packed.options[name] for name in ("b_in", "b_out", "center") if name in packed.options}
+        return packed.w_in, packed.w_out, options
 
     def packed_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of `use_packed`'s weights."""
@@ -571,11 +587,11 @@ class SparseFFN(nn.Module):
             self._backend()
             tensors = tuple([(owner, name, owner[name], *_state(owner[name])) for owner, name, *_ in packed.tensors])
             self._packed = dataclasses.replace(packed, tensors=tensors)
-        elif packed is not None:
-            self._packed = None
+        elif packed is not None or self.run is not None:
+            self._packed = self.run = None
             self.pack()
         return self
 
     def __getstate__(self) -> dict:
         # A copy packs its own weights on its first use.
-        return {**self.__dict__, "_packed": None, "pages": None, "fetch": None, "_ops": None}
+        return {**self.__dict__, "_packed": None, "pages": None, "fetch": None, "run": None, "_ops": None}

@@ -61,6 +61,13 @@ def test_a_limit_needs_a_packed_checkpoint(refused, sparse_folder):
     assert "prunepath pack" in refused("generate", sparse_folder, "Bird", "--resident-experts", "1GiB")
 
 
+def test_experts_are_kept_on_a_gpu_alone(refused, sparse_folder):
+    assert "--gpu-experts" in refused("generate", sparse_folder, "Bird", "--gpu-experts", "1GiB", "--device", "cpu")
+    assert "gpu-experts must be a size" in refused("generate", sparse_folder, "Bird", "--gpu-experts", "four")
+    both = ("--gpu-experts", "1GiB", "--resident-experts", "1GiB")
+    assert "got both" in refused("generate", sparse_folder, "Bird", *both)
+
+
 def test_pack_refuses_what_it_cannot_pack(refused, dense_folder, packed_folder, sparse_folder, tmp_path):
     assert "dense" in refused("pack", dense_folder, tmp_path / "out")
     assert "already" in refused("pack", packed_folder, tmp_path / "out")

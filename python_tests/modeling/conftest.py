@@ -27,7 +27,7 @@ FAMILIES = {
 VOCABULARY = 97
 
 
-def make_model(family: str, seed: int = 0):
+def _make_model(family: str, seed: int = 0):
     """A model with two layers, H = 32 and D = 64, weights large enough that its choices are clear."""
     torch.manual_seed(seed)
     shared = {
@@ -55,14 +55,20 @@ def make_model(family: str, seed: int = 0):
     return model
 
 
+@pytest.fixture
+def make_model():
+    """Makes a tiny model: (family, seed=0) -> model."""
+    return _make_model
+
+
 @pytest.fixture(params=[*FAMILIES, "opt"])
 def dense(request):
-    return make_model(request.param)
+    return _make_model(request.param)
 
 
 @pytest.fixture
 def llama():
-    return make_model("llama")
+    return _make_model("llama")
 
 
 @pytest.fixture(scope="session")
