@@ -13,6 +13,13 @@ namespace prunepath {
 constexpr float kLog2E = 0x1.715476p+0f;  // log2(e) rounded to float32
 constexpr int kMassFractionBits = 20;
 constexpr float kMassMaxExponent = 30.0f;  // 2^-30 and less is no mass
+// 2^-f in Q30 as a polynomial of degree 5, f in Q20.
+constexpr int32_t kMassC0 = 1073741694;
+constexpr int32_t kMassC1 = -744255587;
+constexpr int32_t kMassC2 = 257885219;
+constexpr int32_t kMassC3 = -59368625;
+constexpr int32_t kMassC4 = 9885125;
+constexpr int32_t kMassC5 = -1017037;
 
 // About 2^30 * exp(z - max) as an integer; 0 for z = -inf. `max` is the largest logit of the row
 // and neither is NaN. Equal infinities have no difference, hence the comparison.
@@ -22,13 +29,12 @@ PRUNEPATH_HD int64_t mass_units(float max, float z) {
   const int32_t u = static_cast<int32_t>(capped * static_cast<float>(1 << kMassFractionBits));
   const int32_t k = u >> kMassFractionBits;
   const int64_t f = u & ((1 << kMassFractionBits) - 1);
-  // 2^-f in Q30 as a polynomial of degree 5, f in Q20.
-  int64_t a = -1017037;
-  a = ((a * f) >> kMassFractionBits) + 9885125;
-  a = ((a * f) >> kMassFractionBits) - 59368625;
-  a = ((a * f) >> kMassFractionBits) + 257885219;
-  a = ((a * f) >> kMassFractionBits) - 744255587;
-  a = ((a * f) >> kMassFractionBits) + 1073741694;
+  int64_t a = kMassC5;
+  a = ((a * f) >> kMassFractionBits) + kMassC4;
+  a = ((a * f) >> kMassFractionBits) + kMassC3;
+  a = ((a * f) >> kMassFractionBits) + kMassC2;
+  a = ((a * f) >> kMassFractionBits) + kMassC1;
+  a = ((a * f) >> kMassFractionBits) + kMassC0;
   return a >> k;
 }
 

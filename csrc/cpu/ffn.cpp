@@ -186,20 +186,21 @@ void run_routed_ffn(const FfnProblem& problem, const Router& router, int32_t* co
   const int64_t E = layout.num_experts;
   const int64_t H = layout.hidden_size;
   const Workspace w = lay_out(layout, problem.num_tokens, true, workspace);
-  const FfnKernels& kernels = cpu_kernels().ffn;
+  const CpuKernels& kernels = cpu_kernels();
   for (int64_t begin = 0; begin < problem.num_tokens; begin += kTileTokens) {
     const int64_t tokens = std::min(kTileTokens, problem.num_tokens - begin);
     const TileX x = tile_x(problem, begin, tokens, w.x);
     const int64_t grain =
         std::max<int64_t>(1, kMinMultiplyAddsPerChunk / std::max<int64_t>(1, tokens * H));
     torch::stable::parallel_for(0, E, grain, [&](int64_t from, int64_t to) {
-      kernels.router_logits(x.data, x.stride, tokens, H, E, router.weight, problem.weights.dtype,
-                            router.bias, from, to, w.logits);
+      kernels.ffn.router_logits(x.data, x.stride, tokens, H, E, router.weight,
+                                problem.weights.dtype, router.bias, from, to, w.logits);
     });
     std::fill(w.masks, w.masks + E, 0);
     for (int64_t t = 0; t < tokens; ++t) {
-      const int32_t count = route_row(w.logits + t * E, E, router.thresholds[begin + t],
-                                      router.limits, w.route_scratch, w.ids, nullptr);
+      const int32_t count = kernels.route.route_row({w.logits + t * E, DType::kFloat32, 1}, E,
+                                                    router.thresholds[begin + t], router.limits,
+                                                    w.route_scratch, w.ids, nullptr);
       for (int32_t k = 0; k < count; ++k) {
         w.masks[w.ids[k]] |= uint64_t{1} << t;
       }

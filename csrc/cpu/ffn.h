@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "cpu/ffn_kernels.h"
-#include "cpu/route_row.h"
+#include "cpu/route_kernels.h"
 #include "cpu/tensors.h"
 
 namespace prunepath {

@@ -31,11 +31,11 @@ struct Choice {
 // Best first.
 const Choice kChoices[] = {
 #if defined(__x86_64__)
-    {{"avx512_bf16", kFfnKernelsAvx512Bf16}, has_avx512_bf16},
-    {{"avx512", kFfnKernelsAvx512}, has_avx512},
-    {{"avx2", kFfnKernelsAvx2}, has_avx2},
+    {{"avx512_bf16", kFfnKernelsAvx512Bf16, kRouteKernelsAvx512}, has_avx512_bf16},
+    {{"avx512", kFfnKernelsAvx512, kRouteKernelsAvx512}, has_avx512},
+    {{"avx2", kFfnKernelsAvx2, kRouteKernelsAvx2}, has_avx2},
 #endif
-    {{"portable", kFfnKernelsPortable}, always},
+    {{"portable", kFfnKernelsPortable, kRouteKernelsPortable}, always},
 };
 
 const CpuKernels& choose() {

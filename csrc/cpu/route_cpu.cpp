@@ -2,8 +2,9 @@
 
 #include <algorithm>
 #include <tuple>
+#include <vector>
 
-#include "cpu/route_row.h"
+#include "cpu/kernels.h"
 #include "cpu/tensors.h"
 
 namespace prunepath {
@@ -11,12 +12,8 @@ namespace {
 
 using RouteResult = std::tuple<Tensor, Tensor, Tensor>;
 
-template <typename T>
-void load_row(const T* row, int64_t stride, int64_t size, float* out) {
-  for (int64_t i = 0; i < size; ++i) {
-    out[i] = to_float(row[i * stride]);
-  }
-}
+// A second thread has to save more than it costs to wake.
+constexpr int64_t kMinExpertsPerChunk = 1 << 15;
 
 void route_rows(const Tensor& logits, Thresholds thresholds, int64_t min_experts,
                 const RouteShape& shape, Tensor& expert_ids, Tensor& probs, Tensor& counts) {
@@ -24,38 +21,39 @@ void route_rows(const Tensor& logits, Thresholds thresholds, int64_t min_experts
   const int64_t K = shape.num_columns;
   const RouteLimits limits{min_experts, K};
   const DType dtype = element_type(logits);
-  const void* data = logits.const_data_ptr();
-  const int64_t row_stride = logits.stride(0);
-  const int64_t column_stride = logits.stride(1);
+  const int64_t row_bytes = logits.stride(0) * static_cast<int64_t>(logits.element_size());
+  const int64_t stride = logits.stride(1);
+  const char* data = static_cast<const char*>(logits.const_data_ptr());
   int32_t* ids_out = static_cast<int32_t*>(expert_ids.mutable_data_ptr());
   float* probs_out = static_cast<float*>(probs.mutable_data_ptr());
   int32_t* counts_out = static_cast<int32_t*>(counts.mutable_data_ptr());
 
-  const auto route_range = [&](int64_t begin, int64_t end, float* row, void* scratch) {
+  const RouteKernels& kernels = cpu_kernels().route;
+
+  const auto route_range = [&](int64_t begin, int64_t end, void* scratch) {
     for (int64_t t = begin; t < end; ++t) {
-      with_element_type(dtype, [&](auto* type) {
-        load_row(static_cast<decltype(type)>(data) + t * row_stride, column_stride, E, row);
-      });
       int32_t* ids = ids_out + t * K;
       float* p = probs_out + t * K;
-      const int32_t count = route_row(row, E, thresholds[t], limits, scratch, ids, p);
+      const int32_t count = kernels.route_row({data + t * row_bytes, dtype, stride}, E,
+                                              thresholds[t], limits, scratch, ids, p);
       std::fill(ids + count, ids + K, -1);
       std::fill(p + count, p + K, 0.0f);
       counts_out[t] = count;
     }
   };
 
-  const int64_t grain = std::max<int64_t>(1, 4096 / E);
+  const int64_t grain = std::max<int64_t>(1, kMinExpertsPerChunk / E);
   torch::stable::parallel_for(0, shape.num_tokens, grain, [&](int64_t begin, int64_t end) {
     constexpr int64_t kOnStack = 1024;
     if (E <= kOnStack) {
-      alignas(64) float row[kOnStack];
       alignas(64) unsigned char scratch[route_scratch_size(kOnStack)];
-      route_range(begin, end, row, scratch);
+      route_range(begin, end, scratch);
     } else {
-      const Scratch row(E * static_cast<int64_t>(sizeof(float)));
-      const Scratch scratch(route_scratch_size(E));
-      route_range(begin, end, static_cast<float*>(row.data()), scratch.data());
+      // Kept, so that only a thread's first call allocates.
+      thread_local std::vector<float> scratch;
+      const size_t size = static_cast<size_t>(route_scratch_size(E)) / sizeof(float);
+      scratch.resize(std::max(scratch.size(), size));
+      route_range(begin, end, scratch.data());
     }
   });
 }

@@ -29,6 +29,7 @@ typedef float Floats __attribute__((vector_size(4 * PRUNEPATH_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * PRUNEPATH_LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * PRUNEPATH_LANES)));
 typedef int64_t Longs __attribute__((vector_size(4 * PRUNEPATH_LANES)));  // half as many
+typedef uint64_t LongWords __attribute__((vector_size(4 * PRUNEPATH_LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * PRUNEPATH_LANES)));
 
 template <typename Vector>
@@ -103,6 +104,30 @@ PRUNEPATH_INLINE Pair in_order(Pair v, const BFloat16*) {
     mixed[2 * i + 1] = v.b[i];
   }
   return {load(mixed), load(mixed + kLanes)};
+#endif
+}
+
+// 0, 1, 2, …
+PRUNEPATH_INLINE Ints lane_numbers() {
+  Ints numbers;
+  for (int32_t lane = 0; lane < kLanes; ++lane) {
+    numbers[lane] = lane;
+  }
+  return numbers;
+}
+
+// Bit i is set iff lane i of a comparison's result is.
+PRUNEPATH_INLINE uint32_t lane_bits(Ints is_set) {
+#if defined(__AVX512F__) && PRUNEPATH_LANES == 16
+  return _mm512_movepi32_mask((__m512i)is_set);
+#elif defined(__AVX2__) && PRUNEPATH_LANES == 8
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)is_set));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    bits |= static_cast<uint32_t>(is_set[lane] & 1) << lane;
+  }
+  return bits;
 #endif
 }
 

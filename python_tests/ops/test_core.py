@@ -1,6 +1,7 @@
 """csrc/core and the torch-free parts of csrc/cpu, compiled on their own and called through ctypes."""
 
 import ctypes
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from prunepath import _host
 from prunepath.ops import reference
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -62,17 +64,35 @@ void portable_ffn(int64_t E, int64_t n, int64_t G, int64_t H, int dtype, const v
 }
 }
 """
+ROUTE_SOURCE = r"""
+#include "cpu/route_kernels_{kernel}.cpp"
+
+using namespace prunepath;
+
+extern "C" void masses(float max, const float* z, int64_t size, int32_t* out) {{
+  for (int64_t i = 0; i < size; i += kLanes) store(out + i, mass_of(max, z + i));
+}}
+"""
+# The route kernels' instruction sets, as CMakeLists.txt has them.
+ROUTE_OPTIONS = {
+    "portable": [],
+    "avx2": ["avx2", "fma", "f16c"],
+    "avx512": ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"],
+}
 DTYPES = {1: torch.bfloat16, 2: torch.float16}
+
+
+def compiled(folder: Path, source: str, options: list[str]) -> ctypes.CDLL:
+    (folder / "core_test.cpp").write_text(source)
+    path = folder / "core_test.so"
+    command = [COMPILER, "-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", f"-I{CSRC}", *options]
+    subprocess.run([*command, str(folder / "core_test.cpp"), "-o", str(path)], check=True)
+    return ctypes.CDLL(str(path))
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("core")
-    (folder / "core_test.cpp").write_text(SOURCE)
-    path = folder / "core_test.so"
-    command = [COMPILER, "-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", f"-I{CSRC}"]
-    subprocess.run([*command, str(folder / "core_test.cpp"), "-o", str(path)], check=True)
-    loaded = ctypes.CDLL(str(path))
+    loaded = compiled(tmp_path_factory.mktemp("core"), SOURCE, [])
     loaded.masses.argtypes = [ctypes.c_float, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     loaded.goes_before_.argtypes = [ctypes.c_float, ctypes.c_int32, ctypes.c_float, ctypes.c_int32]
     loaded.is_needed_.argtypes = [ctypes.c_int64, ctypes.c_float, ctypes.c_int64]
@@ -89,6 +109,27 @@ def test_mass_of_a_million_logits(library):
     got = torch.empty(z.numel(), dtype=torch.int64)
     library.masses(0.0, z.data_ptr(), z.numel(), got.data_ptr())
     assert torch.equal(got, reference.mass(z[None])[0])
+
+
+@pytest.mark.parametrize("kernel", ROUTE_OPTIONS)
+def test_every_route_kernel_has_the_reference_masses(kernel, tmp_path):
+    features = _host.cpu_features()
+    if not all(features.get(name, False) for name in ROUTE_OPTIONS[kernel]):
+        pytest.skip(f"this processor has no {kernel}")
+    options = [f"-m{name}" for name in ROUTE_OPTIONS[kernel]]
+    route = compiled(tmp_path, ROUTE_SOURCE.format(kernel=kernel), options)
+    route.masses.argtypes = [ctypes.c_float, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    steps = torch.rand(2**21, generator=torch.Generator().manual_seed(0)) * 22
+    # Where the integer and the fraction of t change, and what no polynomial should see.
+    edges = (torch.arange(31)[:, None] + torch.arange(-8, 8) * 2.0**-20).flatten() / reference.LOG2_E
+    special = torch.tensor([math.inf, 3e38, 1e-45, 0.0] * 4)
+    for top in (0.0, 1.5, 3.4e38, math.inf, -math.inf):
+        z = top - torch.cat([torch.zeros(16), steps, edges.clamp(min=0), special])
+        z = z.masked_fill(z.isnan(), -math.inf)  # of infinities
+        got = torch.empty(z.numel(), dtype=torch.int32)
+        largest = z.max().item()
+        route.masses(largest, z.data_ptr(), z.numel(), got.data_ptr())
+        assert torch.equal(got.long(), reference.mass(z[None])[0]), f"largest logit {largest}"
 
 
 def test_order_and_need(library):
