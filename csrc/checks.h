@@ -352,6 +352,19 @@ inline FfnShape check_ffn(const char* op, const Tensor& x, const Tensor& w_in, c
   return {x.size(0), layout, in_strides, check_activation(op, activation)};
 }
 
+// For `ffn_workspace_size`.
+inline ExpertLayout check_workspace_shapes(const std::string& op, const Tensor& x,
+                                           const Tensor& w_in) {
+  if (op != "sparse_ffn" && op != "routed_ffn") {
+    fail("ffn_workspace_size", "expected op sparse_ffn or routed_ffn, got ", op);
+  }
+  if (x.dim() != 2 || w_in.dim() != 4) {
+    fail("ffn_workspace_size", "expected x of shape [T, H] and w_in of shape [E, n, G, H], got ",
+         shape_string(x.sizes()), " and ", shape_string(w_in.sizes()));
+  }
+  return {w_in.size(0), w_in.size(1), w_in.size(2), w_in.size(3)};
+}
+
 // Returns K, the columns of expert_ids.
 inline int64_t check_selection(const char* op, const FfnShape& shape, const Tensor& x,
                                const Tensor& expert_ids, const Tensor& counts) {

@@ -55,11 +55,9 @@ STABLE_TORCH_LIBRARY(prunepath, m) {
       "Tensor? center=None, int min_experts=1, int max_experts=0, Tensor(a!) y, "
       "Tensor(b!) counts, Tensor(c!) workspace) -> ()");
 
-  // Bytes of workspace that the `.out` overload of sparse_ffn or routed_ffn needs on the CPU with
-  // the current number of threads.
-  m.def(
-      "ffn_workspace_size(str op, int num_tokens, int hidden_size, int num_experts, "
-      "int expert_width) -> int");
+  // Bytes of workspace that the `.out` overload of sparse_ffn or routed_ffn needs for these
+  // tensors; on the CPU with the current number of threads.
+  m.def("ffn_workspace_size(str op, Tensor x, Tensor w_in) -> int");
 
   // Name of the kernels that the CPU's operators use in this process.
   m.def("cpu_kernel() -> str");

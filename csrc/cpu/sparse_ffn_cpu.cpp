@@ -59,13 +59,8 @@ void sparse_ffn_out(const Tensor& x, const Tensor& w_in, const Tensor& w_out,
       workspace.mutable_data_ptr());
 }
 
-int64_t workspace_size(const std::string& op, int64_t num_tokens, int64_t hidden_size,
-                       int64_t num_experts, int64_t expert_width) {
-  if (op != "sparse_ffn" && op != "routed_ffn") {
-    fail("ffn_workspace_size", "expected op sparse_ffn or routed_ffn, got ", op);
-  }
-  return ffn_workspace_size({num_experts, expert_width, 2, hidden_size}, num_tokens,
-                            op == "routed_ffn");
+int64_t workspace_size(const std::string& op, const Tensor& x, const Tensor& w_in) {
+  return ffn_workspace_size(check_workspace_shapes(op, x, w_in), x.size(0), op == "routed_ffn");
 }
 
 std::string cpu_kernel() { return cpu_kernels().name; }
@@ -76,10 +71,10 @@ std::string cpu_kernel() { return cpu_kernels().name; }
 STABLE_TORCH_LIBRARY_IMPL(prunepath, CPU, m) {
   m.impl("sparse_ffn", TORCH_BOX(&prunepath::sparse_ffn));
   m.impl("sparse_ffn.out", TORCH_BOX(&prunepath::sparse_ffn_out));
+  m.impl("ffn_workspace_size", TORCH_BOX(&prunepath::workspace_size));
 }
 
-// Have no tensor among their arguments, so they belong to no device.
+// Has no tensor among its arguments, so it belongs to no device.
 STABLE_TORCH_LIBRARY_IMPL(prunepath, CompositeExplicitAutograd, m) {
-  m.impl("ffn_workspace_size", TORCH_BOX(&prunepath::workspace_size));
   m.impl("cpu_kernel", TORCH_BOX(&prunepath::cpu_kernel));
 }

@@ -9,7 +9,7 @@
 #include <tuple>
 
 #include "core/routing.h"
-#include "cuda/tensors.cuh"
+#include "cuda/route.cuh"
 
 namespace prunepath {
 namespace {
@@ -22,24 +22,6 @@ constexpr int kMaxThreads = 512;
 constexpr int kMaxSharedKeys = 4096;
 // Blocks that share the workspace of long rows.
 constexpr int64_t kMaxGlobalBlocks = 256;
-
-struct RouteArgs {
-  const void* logits;
-  int64_t token_stride;
-  int64_t expert_stride;
-  const float* thresholds;  // null: `threshold` for every token
-  int64_t threshold_stride;
-  float threshold;
-  int64_t num_tokens;
-  int32_t num_experts;
-  int32_t num_keys;  // a power of two, at least num_experts
-  int32_t min_experts;
-  int32_t num_columns;
-  uint64_t* workspace;  // [blocks, num_keys], null: keys are in shared memory
-  int32_t* expert_ids;
-  float* probs;
-  int32_t* counts;
-};
 
 // Ascending order of the keys is descending order of the logits, ties by index.
 __device__ uint64_t key_of(float logit, int32_t index) {
@@ -99,7 +81,7 @@ __device__ int64_t sum_before(int64_t value, int64_t* warp_sums, int64_t* total)
 }
 
 template <typename Element>
-__device__ void route_token(const RouteArgs& args, int64_t token, uint64_t* keys,
+__device__ void route_token(const RouteArgs& args, int32_t num_keys, int64_t token, uint64_t* keys,
                             int64_t* warp_sums) {
   const int32_t E = args.num_experts;
   const int32_t K = args.num_columns;
@@ -109,7 +91,7 @@ __device__ void route_token(const RouteArgs& args, int64_t token, uint64_t* keys
 
   __syncthreads();  // the previous token's keys have been read
   bool sees_nan = false;
-  for (int32_t e = threadIdx.x; e < args.num_keys; e += blockDim.x) {
+  for (int32_t e = threadIdx.x; e < num_keys; e += blockDim.x) {
     uint64_t key = ~uint64_t{0};  // after every expert
     if (e < E) {
       const float logit = static_cast<float>(row[e * args.expert_stride]);
@@ -130,7 +112,7 @@ __device__ void route_token(const RouteArgs& args, int64_t token, uint64_t* keys
     return;
   }
 
-  sort_keys(keys, args.num_keys);
+  sort_keys(keys, num_keys);
   const float max = logit_of(keys[0]);
   int64_t sum = 0;
   for (int32_t e = threadIdx.x; e < E; e += blockDim.x) {
@@ -165,22 +147,38 @@ __device__ void route_token(const RouteArgs& args, int64_t token, uint64_t* keys
 }
 
 template <typename Element>
-__global__ void __launch_bounds__(kMaxThreads) route_kernel(const RouteArgs args) {
+__global__ void __launch_bounds__(kMaxThreads)
+    route_kernel(const RouteArgs args, int32_t num_keys) {
   extern __shared__ uint64_t shared_keys[];
   __shared__ int64_t warp_sums[kMaxThreads / kWarp];
   uint64_t* keys = args.workspace == nullptr
                        ? shared_keys
-                       : args.workspace + static_cast<int64_t>(blockIdx.x) * args.num_keys;
+                       : args.workspace + static_cast<int64_t>(blockIdx.x) * num_keys;
   for (int64_t token = blockIdx.x; token < args.num_tokens; token += gridDim.x) {
-    route_token<Element>(args, token, keys, warp_sums);
+    route_token<Element>(args, num_keys, token, keys, warp_sums);
   }
 }
 
+// A power of two, at least the number of experts.
+int32_t num_keys_of(int64_t num_experts) {
+  int32_t num_keys = kWarp;
+  while (num_keys < num_experts) {
+    num_keys *= 2;
+  }
+  return num_keys;
+}
+
+int64_t num_blocks(int64_t tokens, int32_t num_keys) {
+  return std::min<int64_t>(tokens, num_keys > kMaxSharedKeys ? kMaxGlobalBlocks : 0x7fffffff);
+}
+
 template <typename Element>
-void launch(const RouteArgs& args, int64_t blocks, cudaStream_t stream) {
-  const int threads = std::clamp(args.num_keys / 2, kWarp, kMaxThreads);
-  const size_t shared = args.workspace == nullptr ? args.num_keys * sizeof(uint64_t) : size_t{0};
-  route_kernel<Element><<<static_cast<unsigned>(blocks), threads, shared, stream>>>(args);
+void launch_element(const RouteArgs& args, cudaStream_t stream) {
+  const int32_t num_keys = num_keys_of(args.num_experts);
+  const auto blocks = static_cast<unsigned>(num_blocks(args.num_tokens, num_keys));
+  const int threads = std::clamp(num_keys / 2, kWarp, kMaxThreads);
+  const size_t shared = args.workspace == nullptr ? num_keys * sizeof(uint64_t) : size_t{0};
+  route_kernel<Element><<<blocks, threads, shared, stream>>>(args, num_keys);
   check_launch("route");
 }
 
@@ -214,42 +212,20 @@ void route_tokens(const Tensor& logits, const Threshold& threshold, int64_t min_
     return;
   }
   const DeviceGuard guard(logits.get_device_index());
-  int32_t num_keys = kWarp;
-  while (num_keys < shape.num_experts) {
-    num_keys *= 2;
-  }
-  int64_t blocks = std::min<int64_t>(shape.num_tokens, 0x7fffffff);
   Tensor workspace;
   uint64_t* keys = nullptr;
-  if (num_keys > kMaxSharedKeys) {
-    blocks = std::min(blocks, kMaxGlobalBlocks);
-    workspace = torch::stable::new_empty(logits, {blocks, num_keys}, ScalarType::Long);
+  if (const int64_t size = route_workspace_size(shape.num_tokens, shape.num_experts)) {
+    workspace = torch::stable::new_empty(logits, {size}, ScalarType::Long);
     keys = static_cast<uint64_t*>(workspace.mutable_data_ptr());
   }
-  const RouteArgs args{logits.const_data_ptr(),
-                       logits.stride(0),
-                       logits.stride(1),
-                       threshold.data,
-                       threshold.stride,
-                       threshold.value,
-                       shape.num_tokens,
-                       static_cast<int32_t>(shape.num_experts),
-                       num_keys,
-                       static_cast<int32_t>(min_experts),
-                       static_cast<int32_t>(shape.num_columns),
-                       keys,
-                       static_cast<int32_t*>(expert_ids.mutable_data_ptr()),
-                       static_cast<float*>(probs.mutable_data_ptr()),
-                       static_cast<int32_t*>(counts.mutable_data_ptr())};
-  const cudaStream_t stream = current_stream(logits);
-  switch (logits.scalar_type()) {
-    case ScalarType::BFloat16:
-      return launch<__nv_bfloat16>(args, blocks, stream);
-    case ScalarType::Half:
-      return launch<__half>(args, blocks, stream);
-    default:
-      return launch<float>(args, blocks, stream);
-  }
+  launch_route(
+      {logits.const_data_ptr(), logits.stride(0), logits.stride(1), threshold.data,
+       threshold.stride, threshold.value, shape.num_tokens, static_cast<int32_t>(shape.num_experts),
+       static_cast<int32_t>(min_experts), static_cast<int32_t>(shape.num_columns), keys,
+       static_cast<int32_t*>(expert_ids.mutable_data_ptr()),
+       static_cast<float*>(probs.mutable_data_ptr()),
+       static_cast<int32_t*>(counts.mutable_data_ptr())},
+      logits.scalar_type(), current_stream(logits));
 }
 
 RouteResult route_new(const Tensor& logits, const Threshold& threshold, int64_t min_experts,
@@ -293,6 +269,23 @@ void route_tensor_out(const Tensor& logits, const Tensor& threshold, int64_t min
 }
 
 }  // namespace
+
+int64_t route_workspace_size(int64_t tokens, int64_t num_experts) {
+  const int32_t num_keys = num_keys_of(num_experts);
+  return num_keys > kMaxSharedKeys ? num_blocks(tokens, num_keys) * num_keys : 0;
+}
+
+void launch_route(const RouteArgs& args, ScalarType dtype, cudaStream_t stream) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return launch_element<__nv_bfloat16>(args, stream);
+    case ScalarType::Half:
+      return launch_element<__half>(args, stream);
+    default:
+      return launch_element<float>(args, stream);
+  }
+}
+
 }  // namespace prunepath
 
 STABLE_TORCH_LIBRARY_IMPL(prunepath, CUDA, m) {

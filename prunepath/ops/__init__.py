@@ -121,13 +121,11 @@ def sparse_ffn(
         center: [E, n] float32 or x's dtype: the neurons' mean activations.
 
     Returns:
-        y [T, H] of x's dtype. On the CPU, equal bits for equal inputs and an equal number of threads.
+        y [T, H] of x's dtype. Equal bits for equal inputs; on the CPU, with an equal number of threads.
 
     Raises:
         RuntimeError: an argument is not as above; the message says which. On a GPU the values of expert_ids and
             counts are not checked.
-
-    On CUDA this is the pure-torch reference, which computes every expert.
     """
     return torch.ops.prunepath.sparse_ffn.default(
         x, w_in, w_out, expert_ids, counts, activation, b_in=b_in, b_out=b_out, center=center
@@ -166,8 +164,6 @@ def routed_ffn(
 
     Raises:
         RuntimeError: an argument is not as above; the message says which.
-
-    On CUDA this is the pure-torch reference, which computes every expert.
     """
     return torch.ops.prunepath.routed_ffn.default(
         x,
@@ -193,9 +189,6 @@ def workspace_size(op: str, x: Tensor, w_in: Tensor) -> int:
         x: [T, H]. A workspace for T tokens serves fewer tokens too.
         w_in: [E, n, G, H].
 
-    On the CPU the size depends on torch's number of threads at the call. On CUDA it is 0: the reference needs none.
+    On the CPU the size depends on torch's number of threads at the call.
     """
-    if x.device.type != "cpu":
-        return 0
-    num_experts, expert_width = w_in.shape[:2]
-    return torch.ops.prunepath.ffn_workspace_size(op, x.shape[0], x.shape[1], num_experts, expert_width)
+    return torch.ops.prunepath.ffn_workspace_size(op, x, w_in)

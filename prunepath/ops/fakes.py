@@ -44,7 +44,7 @@ def register() -> None:
     for name in (*_OPS, *_OUT_OPS):
         # Inference only: outputs carry no gradient instead of a wrong one.
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    if torch.version.cuda is not None:
+    if torch.version.cuda is not None and native.cuda_error() is not None:
         _register_cuda_references()
 
 
@@ -87,14 +87,12 @@ def _routed_ffn(x, router_weight, router_bias, threshold, w_in, w_out, activatio
 
 
 def _register_cuda_references() -> None:
-    names = ["sparse_ffn", "routed_ffn"]
-    if native.cuda_error() is not None:
-        names += ["route", "route.tensor", "pack_experts", "unpack_experts"]
-    for name in names:
+    for name in _OPS:
         function = torch.no_grad()(getattr(reference, name.split(".")[0]))
         _library.impl(name, function, "CUDA")
         out_name = "route.tensor_out" if name == "route.tensor" else f"{name}.out"
         _library.impl(out_name, _copying(function), "CUDA")
+    _library.impl("ffn_workspace_size", lambda op, x, w_in: 0, "CUDA")
 
 
 def _copying(function):
