@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .arithmetic import to_float
+
 # One program holds and sorts a whole row in registers; beyond this they spill.
 MAX_NUM_EXPERTS = 4096
 
@@ -38,36 +40,12 @@ def _flip_negative(bits):
 
 
 @triton.jit
-def route_kernel(
-    logits,
-    threshold,
-    expert_ids,
-    probs,
-    counts,
-    stride_token,
-    stride_expert,
-    stride_threshold,
-    num_experts,
-    width,
-    min_experts,
-    THRESHOLD_IS_TENSOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
+def route_row(z, tau, num_experts, width, min_experts, BLOCK: tl.constexpr):
+    """The experts of one token, most mass first, from its float32 logits z [BLOCK], -inf beyond the row.
+
+    Returns the expert and the mass of every rank, the mass of all in float64, and how many are active."""
     lane = tl.arange(0, BLOCK)
     exists = lane < num_experts
-    z = tl.load(logits + token * stride_token + lane.to(tl.int64) * stride_expert, mask=exists, other=-float("inf"))
-    # Upcast before any arithmetic: the mass of a logit is that of its float32 value.
-    if z.dtype == tl.bfloat16:
-        # By its bits, which the interpreter, too, gets right for subnormals.
-        z = (z.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        z = z.to(tl.float32)
-    if THRESHOLD_IS_TENSOR:
-        tau = tl.load(threshold + token * stride_threshold)
-    else:
-        tau = tl.full((), threshold, tl.float32)
-
     has_nan = tl.max((z != z).to(tl.int32), axis=0) != 0
     # A row with a NaN runs every expert, in index order with equal shares.
     z = tl.where(has_nan & exists, 0.0, z)
@@ -92,7 +70,36 @@ def route_kernel(
     is_dense = has_nan | ((tau < 1.0) == 0)
     count = tl.where(is_dense, num_experts, tl.maximum(count, min_experts))
     count = tl.minimum(count, width)
+    return expert, q, total, count
 
+
+@triton.jit
+def route_kernel(
+    logits,
+    threshold,
+    expert_ids,
+    probs,
+    counts,
+    stride_token,
+    stride_expert,
+    stride_threshold,
+    num_experts,
+    width,
+    min_experts,
+    THRESHOLD_IS_TENSOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    exists = lane < num_experts
+    z = tl.load(logits + token * stride_token + lane.to(tl.int64) * stride_expert, mask=exists, other=-float("inf"))
+    z = to_float(z)  # before any arithmetic: the mass of a logit is that of its float32 value
+    if THRESHOLD_IS_TENSOR:
+        tau = tl.load(threshold + token * stride_threshold)
+    else:
+        tau = tl.full((), threshold, tl.float32)
+
+    expert, q, total, count = route_row(z, tau, num_experts, width, min_experts, BLOCK)
     written = lane < width
     active = lane < count
     out = token * width + lane
@@ -158,25 +165,39 @@ def route(
     if num_tokens == 0:
         return expert_ids, probs, counts
 
-    block = max(16, triton.next_power_of_2(num_experts))
     with torch.cuda.device_of(logits):
-        route_kernel[(num_tokens,)](
-            logits,
-            threshold,
-            expert_ids,
-            probs,
-            counts,
-            logits.stride(0),
-            logits.stride(1),
-            stride_threshold,
-            num_experts,
-            width,
-            min_experts,
-            THRESHOLD_IS_TENSOR=is_tensor,
-            BLOCK=block,
-            num_warps=num_warps(block),
-        )
+        route_into(logits, threshold, stride_threshold, min_experts, expert_ids, probs, counts)
     return expert_ids, probs, counts
+
+
+def route_into(
+    logits: torch.Tensor,
+    threshold: float | torch.Tensor,
+    stride_threshold: int,
+    min_experts: int,
+    expert_ids: torch.Tensor,
+    probs: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    """Launches the kernel on the current device, for outputs as `route` returns them."""
+    num_tokens, num_experts = logits.shape
+    block = max(16, triton.next_power_of_2(num_experts))
+    route_kernel[(num_tokens,)](
+        logits,
+        threshold,
+        expert_ids,
+        probs,
+        counts,
+        logits.stride(0),
+        logits.stride(1),
+        stride_threshold,
+        num_experts,
+        expert_ids.shape[1],
+        min_experts,
+        THRESHOLD_IS_TENSOR=isinstance(threshold, torch.Tensor),
+        BLOCK=block,
+        num_warps=num_warps(block),
+    )
 
 
 def _check_threshold_tensor(threshold: torch.Tensor, logits: torch.Tensor) -> int:

@@ -122,15 +122,7 @@ def _interpreting() -> bool:
 
 def _triton() -> Backend:
     from prunepath.triton_kernels.route import route
+    from prunepath.triton_kernels.routed_ffn import routed_ffn
+    from prunepath.triton_kernels.sparse_ffn import sparse_ffn
 
-    def routed_ffn(x, router_weight, router_bias, threshold, w_in, w_out, activation, **options):
-        """Triton has the routing; the rest is the reference."""
-        limits = {name: options.pop(name) for name in ("min_experts", "max_experts") if name in options}
-        logits = x.float() @ router_weight.float().t()
-        if router_bias is not None:
-            logits = logits + router_bias.float()
-        expert_ids, _, counts = route(logits, threshold, **limits)
-        y = reference.sparse_ffn(x, w_in, w_out, expert_ids, counts, activation, **options)
-        return y, counts
-
-    return Backend("triton", route, reference.sparse_ffn, routed_ffn)
+    return Backend("triton", route, sparse_ffn, routed_ffn)
