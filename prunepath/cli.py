@@ -17,7 +17,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from prunepath.config import AUTOCASTS, BACKBONES, BACKENDS, CONTRIBUTIONS, PARTITIONS, PrunePathConfig
+from prunepath.config import (
+    AUTOCASTS,
+    BACKBONES,
+    BACKENDS,
+    CONTRIBUTIONS,
+    PARTITIONS,
+    SHRINK_CRITERIA,
+    PrunePathConfig,
+)
 from prunepath.errors import CheckpointError, PrunePathError
 
 # torch and transformers take seconds to import: each command imports them once its arguments are known to be
@@ -47,11 +55,18 @@ Partition = Enum("Partition", {name: name for name in PARTITIONS}, type=str)
 Contribution = Enum("Contribution", {name: name for name in CONTRIBUTIONS}, type=str)
 Autocast = Enum("Autocast", {name: name for name in AUTOCASTS}, type=str)
 BackendName = Enum("BackendName", {name: name for name in BACKENDS}, type=str)
+ShrinkCriterion = Enum("ShrinkCriterion", {name: name for name in SHRINK_CRITERIA}, type=str)
 Backbone = Enum("Backbone", {name: name for name in BACKBONES}, type=str)
 DType = Enum("DType", {name: name for name in ("auto", "float32", "bfloat16", "float16")}, type=str)
 
 _defaults = PrunePathConfig()
-_ADDED = (".router.weight", ".router.bias", ".center", ".mean_output")  # what conversion and packing add
+_ADDED = (
+    ".router.weight",
+    ".router.bias",
+    ".center",
+    ".mean_output",
+    ".removed_output",
+)  # what conversion and packing add
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or Hugging Face hub name.")]
 DataOption = Annotated[
@@ -481,6 +496,82 @@ def pack(
 
 
 @app.command()
+def shrink(
+    model: Annotated[str, typer.Argument(metavar="SPARSE", help="Sparse checkpoint folder or hub name.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="SMALLER", help="Folder to write the smaller checkpoint to; new or empty.")
+    ],
+    data: DataOption,
+    budget: Annotated[float, typer.Option(help="Active fraction that the model is to be used at, in (0, 1].")] = 0.25,
+    by: Annotated[
+        ShrinkCriterion,
+        typer.Option(help="What an expert's rate is: tokens that run it, or what it changes the loss by."),
+    ] = ShrinkCriterion.loss,
+    rate: Annotated[float | None, typer.Option(min=0, help="Remove experts below this rate, instead of:")] = None,
+    max_rise: Annotated[
+        float, typer.Option(min=0, help="The smallest model whose held-out loss rises by at most this part.")
+    ] = 0.01,
+    fold: Annotated[
+        bool | None,
+        typer.Option(
+            "--fold/--no-fold",
+            help="Whether a removed expert leaves its mean instead of zero.",
+            show_default="where skipped ones do",
+        ),
+    ] = None,
+    pad: Annotated[
+        bool, typer.Option("--pad", help="Fill FFNs with zeros to one width, for transformers without prunepath.")
+    ] = False,
+    text_column: TextColumnOption = "text",
+    dtype: DTypeOption = DType.auto,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove the experts that a budget hardly uses, for good; show what that costs, then write SMALLER."""
+    from prunepath.modeling import check_output_folder
+
+    _check_fraction("budget", budget)
+    check_output_folder(out)
+    texts = _texts(data, text_column)
+    with _results(as_json) as results:
+        prunepath = _import_prunepath()
+        from prunepath.modeling import description_of
+        from prunepath.shrinking import Plan
+
+        loaded, tokenizer = _load(prunepath, model, dtype, device)
+        if not prunepath.is_sparse(loaded):
+            raise PrunePathError(f"Expected a sparse checkpoint to shrink, but {model} is dense: convert it first.")
+        if pad and (description_of(loaded).centered if fold is None else fold):
+            raise PrunePathError("Expected --no-fold with --pad: a plain FFN has no place for folded means.")
+        plan = Plan(loaded, tokenizer, texts, budget, by=by.value, fold=fold, progress=True)
+        chosen = plan.choose(rate=rate, max_rise=max_rise)
+        rows = [
+            {
+                "rate": candidate.rate,
+                "experts": sum(map(len, candidate.kept)),
+                "ffn_share": candidate.share,
+                "ffn_megabytes": candidate.ffn_bytes / 1e6,
+                "loss": candidate.loss,
+                "rise": candidate.rise,
+                "chosen": candidate is chosen,
+            }
+            for candidate in plan.candidates
+        ]
+        results.table(rows)
+        if len(plan.candidates) < 2 or chosen is plan.candidates[0]:
+            results.json({"model": model, "out": None, "rows": rows})
+            wanted = f"a rise of {max_rise:.1%}" if rate is None else f"a rate of {rate:g}"
+            raise PrunePathError(
+                f"Expected experts that can go within {wanted}, but there are none: nothing is written."
+            )
+        plan.apply(chosen, pad=pad, progress=True)
+        prunepath.save(loaded, tokenizer, out)
+        results.json({"model": model, "out": str(out), "rows": rows, "experts": [len(kept) for kept in chosen.kept]})
+        results.text(f"Wrote {out}: {chosen.share:.1%} of the FFNs' bytes, {chosen.ffn_bytes / 1e6:.1f} MB.")
+        results.text(f'Try: prunepath generate {out} "Once upon a time" --budget {budget:g}')
+
+
+@app.command()
 def info(
     out: Annotated[str | None, typer.Argument(metavar="[OUT]", help="Checkpoint folder to describe.")] = None,
     as_json: JsonOption = False,
@@ -552,6 +643,12 @@ class _Results:
             "bits_per_byte": ("bits/byte", "{:.4f}"),
             "tokens_per_second": ("sparse tok/s", "{:.1f}"),
             "dense_tokens_per_second": ("dense tok/s", "{:.1f}"),
+            "rate": ("rate", "{:.4f}"),
+            "experts": ("experts", "{}"),
+            "ffn_share": ("FFN bytes", "{:.1%}"),
+            "ffn_megabytes": ("MB", "{:.1f}"),
+            "loss": ("loss", "{:.4f}"),
+            "rise": ("rise", "{:+.2%}"),
             "loss_before": ("loss before", "{:.4f}"),
             "loss_after": ("after", "{:.4f}"),
         }
@@ -777,6 +874,7 @@ def _describe(path: str | Path) -> dict:
         "added_parameters": added,
         "centered": sparse.centered,
         "packed": packed,
+        "shrinking": None if sparse.shrinking is None else dataclasses.asdict(sparse.shrinking),
         "conversion": dataclasses.asdict(sparse.config),
         "calibration": sparse.calibration,
         "thresholds": sparse.thresholds,

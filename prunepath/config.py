@@ -10,6 +10,7 @@ PARTITIONS = ("coactivation", "weights", "contiguous", "random")
 CONTRIBUTIONS = ("output", "loss")
 AUTOCASTS = ("none", "bfloat16", "float16")
 BACKBONES = ("full", "lora", "frozen")
+SHRINK_CRITERIA = ("loss", "rate")
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
 
 

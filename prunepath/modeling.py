@@ -41,8 +41,34 @@ from prunepath.train.calibration import Sample, fit_budgets, num_passes
 from prunepath.train.loss_metric import measure_loss_metric
 from prunepath.train.router import RouterTraining
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 QUANT_METHOD = "prunepath"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shrinking:
+    """What `prunepath.shrinking` did to a model.
+
+    Attributes:
+        dense_experts: experts of each FFN before.
+        experts: for each FFN how many are left.
+        folded: whether each FFN has a `removed_output`.
+        padded: whether each FFN was filled up with zeros to `PrunePathConfig.num_experts` experts.
+    """
+
+    dense_experts: int
+    experts: list[int]
+    folded: bool
+    padded: bool
+
+    def fits(self, description: SparseDescription) -> bool:
+        """Whether the numbers are such as they can be in a checkpoint."""
+        most = description.config.num_experts
+        return (
+            len(self.experts) == len(description.ffns)
+            and most <= self.dense_experts
+            and all(isinstance(left, int) and 1 <= left <= most for left in self.experts)
+        )
 
 
 @dataclasses.dataclass
@@ -57,6 +83,7 @@ class SparseDescription:
         budgets: calibrated table, budget -> threshold of each FFN; empty for a model that was not calibrated.
         calibration: what calibration measured: the chosen `shapes`, the `losses` of all of them, and each FFN's router
             by its `kl` and `recall` (`prunepath.train.calibration.Calibration`).
+        shrinking: how experts were removed; None for a model that has all of them.
     """
 
     config: PrunePathConfig
@@ -65,17 +92,19 @@ class SparseDescription:
     thresholds: list[float]
     budgets: dict[float, list[float]]
     calibration: dict[str, Any]
+    shrinking: Shrinking | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": 1 if self.shrinking is None else FORMAT_VERSION,
             "config": dataclasses.asdict(self.config),
             "centered": self.centered,
             "ffns": list(self.ffns),
             "thresholds": list(self.thresholds),
             "budgets": {f"{budget:g}": list(values) for budget, values in sorted(self.budgets.items())},
             "calibration": self.calibration,
+            **({} if self.shrinking is None else {"shrinking": dataclasses.asdict(self.shrinking)}),
         }
 
     @classmethod
@@ -106,7 +135,10 @@ class SparseDescription:
                     for b, values in data["budgets"].items()
                 },
                 calibration=dict(data["calibration"]),
+                shrinking=None if data.get("shrinking") is None else Shrinking(**data["shrinking"]),
             )
+            if description.shrinking is not None and not description.shrinking.fits(description):
+                raise TypeError
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, KeyError):
                 problem = f"it has no entry {error}."
@@ -228,7 +260,7 @@ def record_counts(model: nn.Module) -> Iterator[CountRecord]:
 
 def install(model: nn.Module, description: SparseDescription, backend: str | None = None) -> dict[str, SparseFFN]:
     """Replaces the model's FFNs by sparse ones with untrained routers, as a checkpoint describes them."""
-    config = description.config
+    config, shrinking = description.config, description.shrinking
     ffns = {
         site.path: site.install(
             config.num_experts,
@@ -241,6 +273,13 @@ def install(model: nn.Module, description: SparseDescription, backend: str | Non
     }
     if list(ffns) != list(sparse_ffns(model)):
         raise PrunePathError(f"Expected the FFNs {list(sparse_ffns(model))}, but installed {list(ffns)}.")
+    if shrinking is not None:
+        for ffn, left in zip(ffns.values(), shrinking.experts, strict=False):
+            if not shrinking.padded:
+                ffn.keep_experts(range(left))
+            if shrinking.folded:
+                ffn.removed_output = torch.zeros_like(ffn.router.weight[0])
+            ffn.dense_experts = shrinking.dense_experts
     return ffns
 
 
@@ -295,7 +334,7 @@ def convert(
     model.eval()
     ffns = install(model, description)
     backbone = model.base_model
-    with _converting(model, config), _bars(progress) as bar:
+    with converting(model, config), _bars(progress) as bar:
         grouping = ExpertGrouping(config, bar("Grouping neurons", len(ffns)))
         with observing_inputs({ffn: grouping.observe for ffn in ffns.values()}):
             backbone(**backbone_inputs(merge(list(first_tokens(training, config.partition_tokens)))))
@@ -317,7 +356,7 @@ def convert(
                 advance()
         for router in trainings.values():
             router.finish()
-        _fit_budgets(model, description, calibration, bar("Calibrating budgets", num_passes()))
+        fit_table(model, description, calibration, bar("Calibrating budgets", num_passes()))
     model.train(was_training)
     for ffn in ffns.values():
         ffn.pack()
@@ -340,26 +379,22 @@ def calibrate(model: nn.Module, tokenizer: Any | None, texts: Iterable, *, progr
     batches = sample_batches(model, texts, tokenizer, config.sequence_length, config.calibration_tokens, config.seed)
     was_training = model.training
     model.eval()
-    with _converting(model, config), _bars(progress) as bar:
+    with converting(model, config), _bars(progress) as bar:
         if config.contribution == "loss":
             set_threshold(model, 1.0)
             _measure_loss_metric(model, list(sparse_ffns(model).values()), batches)
-        _fit_budgets(model, description, batches, bar("Calibrating budgets", num_passes()))
+        fit_table(model, description, batches, bar("Calibrating budgets", num_passes()))
     model.train(was_training)
 
 
-def _fit_budgets(
+def fit_table(
     model: nn.Module, description: SparseDescription, batches: Sequence[Batch], progress: Callable[[], None]
 ) -> None:
     """Fills the table of budgets from calibration batches, and leaves the model dense."""
     half = sum(map(count_tokens, batches)) // 2
     fit, choose = split_held_out(batches, half) if len(batches) > 1 else (batches, batches)
-
-    def sample(part: Sequence[Batch]) -> Sample:
-        inputs = backbone_inputs(merge(part))
-        return Sample(lambda: model.base_model(**inputs), lambda: mean_loss(model, part))
-
-    result = fit_budgets(list(sparse_ffns(model).values()), sample(fit), sample(choose), sample(batches), progress)
+    samples = [calibration_sample(model, part) for part in (fit, choose, batches)]
+    result = fit_budgets(list(sparse_ffns(model).values()), *samples, progress)
     description.budgets = result.table
     description.calibration = {
         "shapes": {f"{budget:g}": shape for budget, shape in result.shapes.items()},
@@ -368,6 +403,12 @@ def _fit_budgets(
     }
     model.config.quantization_config = description.to_dict()
     set_threshold(model, 1.0)
+
+
+def calibration_sample(model: nn.Module, batches: Sequence[Batch]) -> Sample:
+    """Batches as calibration takes them."""
+    inputs = backbone_inputs(merge(batches))
+    return Sample(lambda: model.base_model(**inputs), lambda: mean_loss(model, batches))
 
 
 def _measure_loss_metric(model: nn.Module, ffns: list[SparseFFN], batches: Iterable[Batch]) -> None:
@@ -381,7 +422,7 @@ def _measure_loss_metric(model: nn.Module, ffns: list[SparseFFN], batches: Itera
 
 
 @contextlib.contextmanager
-def _converting(model: nn.Module, config: PrunePathConfig) -> Iterator[None]:
+def converting(model: nn.Module, config: PrunePathConfig) -> Iterator[None]:
     """Forward passes without gradients, caches and padding, in the configured precision."""
     device = next(model.parameters()).device.type
     precision = contextlib.nullcontext()
@@ -557,9 +598,10 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def check_routers(model: nn.Module) -> None:
-    """Raises CheckpointError if a router or a centre holds a value that is not finite."""
+    """Raises CheckpointError if a router, or what is added to outputs, holds a value that is not finite."""
     for path, ffn in sparse_ffns(model).items():
         tensors = {"router.weight": ffn.router.weight, "router.bias": ffn.router.bias, "center": ffn.center}
+        tensors["removed_output"] = ffn.removed_output
         for name, tensor in tensors.items():
             if tensor is not None and not math.isfinite(tensor.detach().float().sum().item()):
                 raise CheckpointError(f"Expected finite numbers in {path}.{name}, but it has NaN or infinite ones.")

@@ -337,6 +337,8 @@ class _Source:
         ffn.router.weight = nn.Parameter(self._tensor(f"{path}.router.weight"))
         if ffn.center is not None:
             ffn.center = self._tensor(f"{path}.center")
+        if ffn.removed_output is not None:
+            ffn.removed_output = self._tensor(f"{path}.removed_output")
         packed = ffn.expert_major()
         ffn.drop_weights()
         for file in {id(file): file for file in self.where.values()}.values():

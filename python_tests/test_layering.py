@@ -20,7 +20,7 @@ LAYERS = [
     ("prunepath.nn",),
     ("prunepath.convert", "prunepath.train"),
     ("prunepath.modeling",),
-    ("prunepath.integrations", "prunepath.finetune", "prunepath.packing", "prunepath.offload"),
+    ("prunepath.integrations", "prunepath.finetune", "prunepath.packing", "prunepath.offload", "prunepath.shrinking"),
     ("prunepath",),
     ("prunepath.eval",),
     ("prunepath.demo",),

@@ -97,7 +97,7 @@ class PrunePathQuantizer(HfQuantizer):
 
 
 def _check_added_tensors(paths: Sequence[str], ffns: Any, files: Sequence[str]) -> None:
-    """Raises CheckpointError unless the files hold each FFN's router and centre in the right shape."""
+    """Raises CheckpointError unless the files hold what each FFN has beside its projections, in the right shape."""
     shapes = {}
     for file in files:
         try:
@@ -109,6 +109,8 @@ def _check_added_tensors(paths: Sequence[str], ffns: Any, files: Sequence[str]) 
         expected = {"router.weight": [ffn.num_experts, ffn.hidden_size], "router.bias": [ffn.num_experts]}
         if ffn.center is not None:
             expected["center"] = [ffn.intermediate_size]
+        if ffn.removed_output is not None:
+            expected["removed_output"] = [ffn.hidden_size]
         for name, shape in expected.items():
             found = shapes.get(f"{path}.{name}")
             if found != shape:

@@ -34,19 +34,19 @@ class CountRecord:
 
     @property
     def per_layer(self) -> list[float]:
-        """The active fraction of each FFN; NaN for one that saw no token."""
+        """The active fraction of each FFN, a share of the dense one; NaN for one that saw no token."""
         fractions = []
-        for counts in self.histogram:
+        for ffn, counts in zip(self._ffns, self.histogram, strict=True):
             experts = torch.arange(len(counts), dtype=torch.float64)
             tokens = counts.sum().item()
             mean = (counts * experts).sum().item() / tokens if tokens else float("nan")
-            fractions.append(mean / (len(counts) - 1))
+            fractions.append(mean / ffn.dense_experts)
         return fractions
 
     @property
     def active_fraction(self) -> float:
-        """The share of all FFN neurons computed, FFNs weighted by their width."""
-        widths = [ffn.intermediate_size for ffn in self._ffns]
+        """The share of all the dense FFNs' neurons computed, FFNs weighted by their width."""
+        widths = [ffn.dense_experts * ffn.expert_width for ffn in self._ffns]
         return sum(w * f for w, f in zip(widths, self.per_layer, strict=True)) / sum(widths)
 
 
@@ -55,23 +55,23 @@ class ExpertUsage:
 
     Attributes:
         tokens: for each FFN, the tokens seen.
-        active: for each FFN an int64 tensor [E]: how many of them run each expert.
+        active: for each FFN an int64 tensor [E]: how many of them run each expert. E counts removed experts too, last.
         histogram: for each FFN an int64 tensor [E + 1]: how many of them run 0, 1, … E experts.
     """
 
     def __init__(self, ffns: Iterable[SparseFFN]) -> None:
         self._index = {ffn: i for i, ffn in enumerate(ffns)}
         self.tokens = [0] * len(self._index)
-        self.active = [torch.zeros(ffn.num_experts, dtype=torch.int64) for ffn in self._index]
-        self.histogram = [torch.zeros(ffn.num_experts + 1, dtype=torch.int64) for ffn in self._index]
+        self.active = [torch.zeros(ffn.dense_experts, dtype=torch.int64) for ffn in self._index]
+        self.histogram = [torch.zeros(ffn.dense_experts + 1, dtype=torch.int64) for ffn in self._index]
 
     def observe(self, ffn: SparseFFN, x: torch.Tensor) -> None:
         """x: [T, H], without padding."""
         i = self._index[ffn]
         expert_ids, _, counts = ffn.route(x)
         self.tokens[i] += len(x)
-        self.active[i] += torch.bincount(expert_ids[expert_ids >= 0].cpu(), minlength=ffn.num_experts)
-        self.histogram[i] += torch.bincount(counts.cpu(), minlength=ffn.num_experts + 1)
+        self.active[i] += torch.bincount(expert_ids[expert_ids >= 0].cpu(), minlength=ffn.dense_experts)
+        self.histogram[i] += torch.bincount(counts.cpu(), minlength=ffn.dense_experts + 1)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from prunepath import ops
 from prunepath.errors import PrunePathError
@@ -14,6 +15,8 @@ from prunepath.nn.router import Router
 from prunepath.nn.thresholds import check_fraction
 from prunepath.ops.reference import ACTIVATIONS
 
+NEVER_CHOSEN = -3e4
+"""A logit that has no mass beside others, in every dtype."""
 DECODE_TOKENS = 64
 """Calls of up to this many tokens read only the active experts; longer ones (prefill) compute all and mask."""
 
@@ -122,6 +125,40 @@ def _state(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), _version(tensor)
 
 
+def _select(linear: nn.Module, index: torch.Tensor, dim: int, transposed: bool) -> None:
+    """Keeps these outputs (dim 0) or inputs (dim 1) of a linear layer."""
+
+    def select(parameter: nn.Parameter, dim: int) -> nn.Parameter:
+        kept = parameter.data.index_select(dim, index.to(parameter.device))
+        return nn.Parameter(kept, requires_grad=parameter.requires_grad)
+
+    linear.weight = select(linear.weight, 1 - dim if transposed else dim)
+    if dim == 0 and linear.bias is not None:
+        linear.bias = select(linear.bias, 0)
+    _set_size(linear, dim, len(index))
+
+
+def _extend(linear: nn.Module, added: int, dim: int, transposed: bool, parts: int = 1) -> None:
+    """Appends zero outputs (dim 0) or inputs (dim 1) to each of so many parts of a linear layer."""
+
+    def extend(parameter: nn.Parameter, dim: int) -> nn.Parameter:
+        pieces = []
+        for part in parameter.data.chunk(parts, dim):
+            pieces += [part, part.new_zeros([added if d == dim else size for d, size in enumerate(part.shape)])]
+        return nn.Parameter(torch.cat(pieces, dim), requires_grad=parameter.requires_grad)
+
+    linear.weight = extend(linear.weight, 1 - dim if transposed else dim)
+    if dim == 0 and linear.bias is not None:
+        linear.bias = extend(linear.bias, 0)
+    _set_size(linear, dim, linear.weight.shape[1 - dim if transposed else dim])
+
+
+def _set_size(linear: nn.Module, dim: int, size: int) -> None:
+    for name in ("out_features", "nf") if dim == 0 else ("in_features", "nx"):
+        if hasattr(linear, name):
+            setattr(linear, name, size)
+
+
 class PlainLinear(nn.Linear):
     """Marks subclasses of `nn.Linear` whose weights mean what a linear's do, so that they may be packed."""
 
@@ -149,6 +186,8 @@ class SparseFFN(nn.Module):
     `select(ffn, x, hidden)`, which replaces the router's choice by a mask [T, E], and keeps the FFN to the masked dense
     computation. They see padding too; `valid_tokens` tells it apart where `prunepath.nn.observers.padding_masks` is in
     force.
+    `removed_output` [H], None unless set, is added to the output: what stands for the experts that `keep_experts`
+    removed. `dense_experts` counts those too: active fractions are shares of the dense FFN.
     `output_metric`, None or float32 [H, H], is set by `prunepath.train.loss_metric`, and saved nowhere. `pages` is
     where the weights of a packed checkpoint lie, if they are used from there: a `prunepath.packing.ExpertPages`.
 
@@ -178,7 +217,7 @@ class SparseFFN(nn.Module):
         super().__init__()
         self.layout = layout
         self.hidden_size, self.intermediate_size = layout.sizes(dense)
-        self.num_experts = num_experts
+        self.num_experts = self.dense_experts = num_experts
         self.expert_width = self.intermediate_size // num_experts
         self.min_experts = min_experts
         self.max_experts = max_experts
@@ -207,6 +246,7 @@ class SparseFFN(nn.Module):
         factory = {"device": weight.device, "dtype": weight.dtype}
         self.router = Router(self.hidden_size, num_experts, **factory)
         self.register_buffer("center", torch.zeros(self.intermediate_size, **factory) if center else None)
+        self.register_buffer("removed_output", None)
         self.register_buffer(
             "_threshold", torch.ones((), dtype=torch.float32, device=factory["device"]), persistent=False
         )
@@ -311,7 +351,11 @@ class SparseFFN(nn.Module):
         dtype = projection.weight.dtype
         if hidden.dtype != dtype and dtype.is_floating_point and not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(dtype)  # T5 keeps `wo` in float32 when the rest of the model is float16
-        return projection(hidden)
+        return self.add_removed(projection(hidden))
+
+    def add_removed(self, output: torch.Tensor) -> torch.Tensor:
+        """The output with `removed_output`, where there is one."""
+        return output if self.removed_output is None else output + self.removed_output.to(output.dtype)
 
     def valid_tokens(self, num_tokens: int) -> torch.Tensor | None:
         """Which of the current call's T tokens are no padding: bool [T]; None if all are, or nobody said."""
@@ -495,13 +539,15 @@ class SparseFFN(nn.Module):
         if self.center is not None:
             center = self.center.float().view(shape)
             b_out = mean_output if b_out is None else b_out + mean_output
+        if self.removed_output is not None:
+            b_out = self.removed_output.float() if b_out is None else b_out + self.removed_output.float()
         options = {"b_in": b_in, "b_out": b_out, "center": center}
         options = {name: tensor for name, tensor in options.items() if tensor is not None}
         if (self.min_experts, self.max_experts) != (1, 0):
             options.update(min_experts=self.min_experts, max_experts=self.max_experts)
         places = [self._places[name] for name in self.layout.projections]
         owners = [(linear._parameters, name) for linear in linears for name in ("weight", "bias")]
-        owners.append((self._buffers, "center"))
+        owners += [(self._buffers, "center"), (self._buffers, "removed_output")]
         return _Packed(
             w_in,
             w_out,
@@ -564,6 +610,42 @@ class SparseFFN(nn.Module):
         linears = tuple(self.projection(name) for name in layout.projections)
         self._backend()  # the one that calls use
         self._packed = self._describe(w_in, w_out, mean_output, linears, mapped=w_in.device.type == "cpu")
+
+    @torch.no_grad()
+    def keep_experts(self, experts: Sequence[int]) -> None:
+        """Removes all experts but these, with their neurons and their rows of the router.
+
+        Args:
+            experts: in ascending order, at least one.
+        """
+        self._unpack()
+        kept = torch.tensor(experts, device="cpu")  # whatever device is the default
+        neurons = torch.arange(self.intermediate_size, device="cpu").view(-1, self.expert_width)[kept].flatten()
+        rows = torch.cat([neurons, self.intermediate_size + neurons]) if self.layout.is_fused else neurons
+        for name in self.layout.inputs:
+            _select(self.projection(name), rows, 0, self.layout.transposed)
+        _select(self.projection(self.layout.down), neurons, 1, self.layout.transposed)
+        _select(self.router, kept, 0, False)
+        if self.center is not None:
+            self.center = self.center[neurons.to(self.center.device)]
+        self.num_experts, self.intermediate_size = len(kept), len(neurons)
+        self.min_experts = min(self.min_experts, self.num_experts)
+        self.max_experts = self.max_experts if self.max_experts < self.num_experts else 0
+
+    @torch.no_grad()
+    def pad_experts(self, num_experts: int) -> None:
+        """Appends experts of zeros that no router chooses, up to `num_experts`."""
+        self._unpack()
+        added = num_experts - self.num_experts
+        rows = added * self.expert_width
+        for name in self.layout.inputs:
+            _extend(self.projection(name), rows, 0, self.layout.transposed, 2 if self.layout.is_fused else 1)
+        _extend(self.projection(self.layout.down), rows, 1, self.layout.transposed)
+        _extend(self.router, added, 0, False)
+        self.router.bias[self.num_experts :] = NEVER_CHOSEN
+        if self.center is not None:
+            self.center = F.pad(self.center, (0, rows))
+        self.num_experts, self.intermediate_size = num_experts, num_experts * self.expert_width
 
     def _unpack(self, *_) -> None:
         """Gives every weight storage of its own again: files cannot hold tensors that overlap in memory."""

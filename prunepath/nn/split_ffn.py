@@ -80,4 +80,4 @@ class _Down(PlainLinear):
         if ffn._done:
             ffn._done = False
             return hidden
-        return super().forward(hidden)
+        return ffn.add_removed(super().forward(hidden))

@@ -83,7 +83,7 @@ def fit_budgets(
         both: all tokens, on which the chosen shapes' thresholds are fitted.
         progress: called after each of about `num_passes` passes over a sample.
     """
-    search = _Search(ffns, progress or (lambda: None))
+    search = Search(ffns, progress or (lambda: None))
     routers, contributed = search.observe_dense(both)
     if fit.loss() is None:
         chosen, losses = {budget: ("per_layer", search.scaled([1.0] * len(ffns), budget)) for budget in BUDGETS}, {}
@@ -97,7 +97,7 @@ def fit_budgets(
 
 
 def _choose(
-    search: _Search, fit: Sample, choose: Sample, contributed: list[torch.Tensor]
+    search: Search, fit: Sample, choose: Sample, contributed: list[torch.Tensor]
 ) -> tuple[dict[float, tuple[str, list[float]]], dict[str, list[float]]]:
     """(budget -> best shape and its fractions; shape -> losses), by held-out loss."""
     at_thresholds = search.fractions_at_thresholds(fit)
@@ -127,13 +127,14 @@ def _choose(
     return chosen, {shape: [losses[budget][shape] for budget in BUDGETS] for shape in shapes}
 
 
-class _Search:
+class Search:
     """The steps of the search over active fractions of the FFNs."""
 
     def __init__(self, ffns: list[SparseFFN], advance: Callable[[], None]) -> None:
         self.ffns = ffns
         self.advance = advance
-        self.widths = [ffn.intermediate_size for ffn in ffns]
+        self.widths = [ffn.dense_experts * ffn.expert_width for ffn in ffns]
+        self.highest = [(ffn.max_experts or ffn.num_experts) / ffn.dense_experts for ffn in ffns]
 
     def mean(self, fractions: Sequence[float]) -> float:
         """The model's active fraction."""
@@ -141,11 +142,10 @@ class _Search:
 
     def scaled(self, fractions: Sequence[float], budget: float) -> list[float]:
         """`fractions` times one number, within each FFN's limits, so that the model's active fraction is `budget`."""
-        lowest = [ffn.min_experts / ffn.num_experts for ffn in self.ffns]
-        highest = [(ffn.max_experts or ffn.num_experts) / ffn.num_experts for ffn in self.ffns]
+        lowest = [ffn.min_experts / ffn.dense_experts for ffn in self.ffns]
 
         def at(factor: float) -> list[float]:
-            limits = zip(fractions, lowest, highest, strict=True)
+            limits = zip(fractions, lowest, self.highest, strict=True)
             return [min(max(fraction * factor, low), high) for fraction, low, high in limits]
 
         # At the largest factor every FFN is at its upper limit.
@@ -208,7 +208,7 @@ class _Search:
 
     def shared(self, rows: list[list[float]], budget: float) -> list[float]:
         """The FFNs' active fractions where one threshold makes the model's `budget`, between the rows' thresholds."""
-        rows = [*rows, [1.0] * len(self.ffns)]
+        rows = [*rows, self.highest]
         above = next(i for i, row in enumerate(rows) if self.mean(row) >= min(budget, self.mean(rows[-1])))
         if above == 0:
             return rows[0]
@@ -220,7 +220,8 @@ class _Search:
         """P(c_i ≥ λ) of each FFN, with the λ that makes the model's active fraction `budget`."""
 
         def at(level: float) -> list[float]:
-            return [1.0 - torch.searchsorted(values, level).item() / len(values) for values in contributed]
+            shares = [1.0 - torch.searchsorted(values, level).item() / len(values) for values in contributed]
+            return [s * ffn.num_experts / ffn.dense_experts for s, ffn in zip(shares, self.ffns, strict=True)]
 
         high = max(values[-1].item() for values in contributed)
         return at(high - _solve(lambda drop: self.mean(at(high - drop)), budget, 0.0, high))
@@ -268,10 +269,11 @@ class _FitFraction:
         if ffn.max_experts:
             before[:, ffn.max_experts :] = 2.0  # no threshold reaches them
         before = before.flatten().sort().values
-        rank = min(round(self.fraction * len(before)), len(before) - 1)
+        left = ffn.num_experts / ffn.dense_experts  # what shrinking left of the FFN
+        rank = min(round(self.fraction / left * len(before)), len(before) - 1)
         threshold = max(before[rank].item(), self.lowest)
-        ffn.threshold = threshold = 1.0 if self.fraction >= 1.0 else min(threshold, LARGEST_THRESHOLD)
-        self.obtained = (before < threshold).double().mean().item()
+        ffn.threshold = threshold = 1.0 if self.fraction >= left else min(threshold, LARGEST_THRESHOLD)
+        self.obtained = (before < threshold).double().mean().item() * left
 
 
 def _solve(function: Callable[[float], float], value: float, low: float, high: float) -> float:

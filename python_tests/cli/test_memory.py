@@ -76,3 +76,36 @@ def test_pack_refuses_what_it_cannot_pack(refused, dense_folder, packed_folder, 
     (sparse_folder / "model.safetensors").unlink()
     assert "model.safetensors" in refused("pack", sparse_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_shrink_shows_what_it_costs_and_writes_a_smaller_checkpoint(prunepath_command, sparse_folder, corpus, tmp_path):
+    arguments = ("shrink", sparse_folder, tmp_path / "small", "--data", corpus, "--budget", 0.4)
+    result = prunepath_command(*arguments, "--max-rise", 1000)
+    assert result.exit_code == 0, result.output
+    for word in ("rate", "experts", "FFN bytes", "loss", "rise", "100.0%", "+0.00%"):
+        assert word in result.stdout
+    description = json.loads(prunepath_command("info", tmp_path / "small", "--json").stdout)
+    assert description["shrinking"]["dense_experts"] == 8
+    assert sum(description["shrinking"]["experts"]) < 16
+    for command in ("generate", "report", "eval", "train"):
+        rest = {"generate": ["Bird"], "train": [tmp_path / "trained", "--steps", 2, "--sequence-length", 32]}
+        rest |= {"report": ["--out", tmp_path / "report.html"], "eval": ["--budget", "0.3,1"]}
+        data = [] if command == "generate" else ["--data", corpus]
+        used = prunepath_command(command, tmp_path / "small", *rest[command], *data)
+        assert used.exit_code == 0, used.output
+    assert (tmp_path / "report.html").exists()
+
+
+def test_shrink_with_nothing_to_remove_writes_nothing(prunepath_command, sparse_folder, corpus, tmp_path):
+    result = prunepath_command("shrink", sparse_folder, tmp_path / "small", "--data", corpus, "--rate", 0)
+    assert result.exit_code == 2
+    assert "nothing is written" in result.stderr and "FFN bytes" in result.stdout
+    assert not (tmp_path / "small").exists()
+
+
+def test_shrink_refuses_what_it_cannot_shrink(refused, dense_folder, sparse_folder, corpus, tmp_path):
+    out = tmp_path / "out"
+    assert "is dense" in refused("shrink", dense_folder, out, "--data", corpus)
+    assert "budget" in refused("shrink", sparse_folder, out, "--data", corpus, "--budget", 2)
+    assert "--no-fold" in refused("shrink", sparse_folder, out, "--data", corpus, "--pad", "--fold")
+    assert not out.exists()
