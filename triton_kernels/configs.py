@@ -112,7 +112,7 @@ def default_fused(shape: Shape, num_tokens: int) -> Fused:
     # A thread keeps the weights of a step, and for every token x and the output.
     registers = (96 if warps <= 8 else 64) - 2 * num_tokens * row // (32 * warps)
     weights = row * (shape.inner + 1) * shape.dtype.itemsize // 4 / (32 * warps)
-    neurons = min(8, _power_of_two(max(registers, 24) / weights))
+    neurons = min(8, _power_of_two(max(registers, 16) / weights))
     return Fused(2 if warps <= 8 else 1, neurons, warps, 1)
 
 

@@ -334,7 +334,7 @@ def hidden_kernel(
     words,
     listed_experts,
     listed_words,
-    hidden,  # [T, D], of which the active neurons' columns are written
+    hidden,  # [T, D], of which the active neurons' columns are written, and zeros up to a multiple of 8
     num_tokens,
     num_experts,
     expert_width,
@@ -383,6 +383,12 @@ def hidden_kernel(
     token = tl.arange(0, BLOCK_TOKENS)
     present = token < num_tokens
     x_row = x + token.to(tl.int64)[:, None] * x_token_stride
+    h_row = hidden + token.to(tl.int64)[:, None] * (num_experts * expert_width)
+    if program == 0:  # zeros up to a multiple of 8, which `output_kernel` reads
+        k = num_active + tl.arange(0, 8)
+        place_inside = (k < tl.cdiv(num_active, 8) * 8) & (k < num_experts * expert_width)
+        zeros = tl.zeros((BLOCK_TOKENS, 8), hidden.dtype.element_ty)
+        tl.store(h_row + k[None, :], zeros, mask=present[:, None] & place_inside[None, :])
     for start in range(program * share, end, BLOCK_NEURONS):
         k = start + tl.arange(0, BLOCK_NEURONS)
         valid = k < end
@@ -410,8 +416,7 @@ def hidden_kernel(
         h = tl.where(((word[None, :] >> token[:, None]) & 1) != 0, h, 0.0)
         if ROUNDED:
             h = round_to_tf32(h)
-        place = hidden + token.to(tl.int64)[:, None] * (num_experts * expert_width) + k[None, :]
-        tl.store(place, narrow(h, hidden.dtype.element_ty), mask=present[:, None] & valid[None, :])
+        tl.store(h_row + k[None, :], narrow(h, hidden.dtype.element_ty), mask=present[:, None] & valid[None, :])
 
 
 @triton.jit
@@ -500,7 +505,9 @@ def output_kernel(
         if LISTED_ALONE:
             expert = tl.load(listed_experts + k // expert_width, mask=valid, other=0)
             neuron = expert * expert_width + k % expert_width
-        h = tl.load(h_row + k[None, :], mask=present[:, None] & valid[None, :], other=0.0)
+        # In whole groups of 8, for wide loads: the columns up to a multiple of 8 are zeros.
+        loaded = (k // 8 * 8 < end) & (k < num_neurons)
+        h = tl.load(h_row + k[None, :], mask=present[:, None] & loaded[None, :], other=0.0)
         w = tl.load(
             w_out + neuron.to(tl.int64)[:, None] * hidden_size + column[None, :],
             mask=valid[:, None] & inside[None, :],
