@@ -50,6 +50,8 @@ ONEDNN_ACTIVATIONS = {"relu": "relu", "silu": "swish"}
 CACHES_A_ROUND = 4
 # A slow baseline's round is cut to about this; fewer layers can only make it look faster.
 BASELINE_ROUND_SECONDS = 0.5
+# Calls in a CUDA graph at least, so that starting it, which takes as long as a small call, does not count.
+GRAPH_CALLS = 32
 # Calls of more tokens are bound by arithmetic, so that few layers do; their reference takes long.
 MEMORY_BOUND_TOKENS = 64
 PREFILL_LAYERS = 2
@@ -400,6 +402,7 @@ def prepare(candidate: Candidate, device: torch.device) -> Callable[[], float] |
     """What runs a round of the candidate and returns the seconds of a call; None, the reason noted, if it cannot."""
     calls = candidate.calls
     if device.type == "cuda":
+        calls = calls * math.ceil(GRAPH_CALLS / len(calls))
         try:
             replay = capture(calls)
         except RuntimeError as error:

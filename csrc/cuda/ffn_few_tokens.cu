@@ -28,8 +28,11 @@ constexpr int kRouterThreads = 128;
 // the FFN before it ends, they would else all be put on the few that are idle.
 constexpr int kRouterShared = 100 << 10;
 // How many times the work a smaller cluster has to do at once to be preferred.
-constexpr double kWorthSmallerClusters = 1.08;
-constexpr int64_t kMaxHiddenBytes = 96 << 10;  // of shared memory, for a cluster's activations
+constexpr double kWorthSmallerClusters = 1.15;
+// Of shared memory: for the dot products of a cluster's neurons, in one part and in several.
+constexpr int64_t kMaxHiddenBytes = 48 << 10;
+constexpr int64_t kMaxDotBytes = 112 << 10;
+constexpr int kPartVectors = 4 * kWarp;  // what a warp has under way
 
 // How the launch is cut; see `plan`.
 struct Plan {
@@ -37,7 +40,9 @@ struct Plan {
   int32_t clusters;   // for each tile of tokens
   int32_t per_block;  // chunks of columns for each block of a cluster
   int32_t capacity;   // active neurons of a cluster at most
-  bool reduces;       // in the same launch
+  int32_t parts;      // of a neuron's rows of w_in, each by one warp
+  int32_t part_vectors;
+  bool reduces;  // in the same launch
 };
 
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -128,62 +133,51 @@ __global__ void __launch_bounds__(kRouterThreads) router_kernel(const FfnArgs ar
   }
 }
 
-// A neuron's activations for the tile's tokens, from the sums over a warp's lanes; the same in all
-// lanes.
-template <typename W, int kTokens, int kGates>
-__device__ __forceinline__ void finish_neuron(const FfnArgs& args, int64_t neuron, uint32_t mask,
-                                              const float (&dot)[kGates][kTokens],
-                                              float (&hidden)[kTokens]) {
-  float bias[kGates] = {};
-  if (args.b_in.data != nullptr) {
-#pragma unroll
-    for (int g = 0; g < kGates; ++g) {
-      bias[g] = parameter_at<W>(args.b_in, neuron * kGates + g);
-    }
-  }
-  const float center = args.center.data == nullptr ? 0.0f : parameter_at<W>(args.center, neuron);
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    float h = activate(args.activation, sum_warp(dot[0][t]) + bias[0]);
-    if constexpr (kGates == 2) {
-      h *= sum_warp(dot[1][t]) + bias[1];
-    }
-    hidden[t] = mask >> t & 1 ? h - center : 0.0f;
-  }
-}
+// A part of a neuron's rows of w_in: what a warp multiplies at a time.
+struct Part {
+  int neuron;  // its position among the cluster's
+  int begin;   // vectors
+  int end;
+};
 
-// Runs the neurons from `begin` to `end` in steps of `stride`, one at a time, and calls
-// `use(j, activations)` for each. The loads of the next part of a row, or of the next row, are
-// under way while this part is multiplied.
+// dots = the products of the parts from `first_part` on, in steps of `stride`, with the tokens:
+// use( part's number, dots), the same in all lanes. The loads of the next vectors are under way
+// while these are multiplied.
 template <typename W, int kVec, int kTokens, int kGates, typename Use>
-__device__ __forceinline__ void run_neurons(const FfnArgs& args, int first, int tokens,
-                                            const int32_t* neurons, const uint32_t* mask, int begin,
-                                            int end, int stride, const Use& use) {
+__device__ __forceinline__ void multiply_parts(const FfnArgs& args, const Plan& plan, int first,
+                                               int tokens, const int32_t* neurons, int count,
+                                               int first_part, int stride, const Use& use) {
   constexpr int kUnroll = 4;
   const int lane = threadIdx.x % kWarp;
   const int vectors = args.hidden_size / kVec;
+  const int num_parts = count * plan.parts;
   const W* w_in = static_cast<const W*>(args.w_in);
-  const auto load = [&](Vector<W, kVec>(&w)[kGates][kUnroll], int j, int part) {
-    const W* row = w_in + static_cast<int64_t>(neurons[j]) * args.in_neuron_stride;
+  const auto part_at = [&](int i) {
+    const int begin = i % plan.parts * plan.part_vectors;
+    return Part{i / plan.parts, begin, ::min(begin + plan.part_vectors, vectors)};
+  };
+  Vector<W, kVec> next[kGates][kUnroll];
+  const auto load = [&](const Part& part, int from) {
+    const W* row = w_in + static_cast<int64_t>(neurons[part.neuron]) * args.in_neuron_stride;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int v = part + u * kWarp + lane;
+      const int v = from + u * kWarp + lane;
 #pragma unroll
       for (int g = 0; g < kGates; ++g) {
-        if (v < vectors) {
-          w[g][u] = load_expert<W, kVec>(row + g * args.in_inner_stride + v * kVec);
+        if (v < part.end) {
+          next[g][u] = load_expert<W, kVec>(row + g * args.in_inner_stride + v * kVec);
         }
       }
     }
   };
-  Vector<W, kVec> next[kGates][kUnroll];
   float dot[kGates][kTokens] = {};
-  int j = begin;
-  int part = 0;
-  if (j < end) {
-    load(next, j, part);
+  int i = first_part;
+  Part part = part_at(i);
+  int from = part.begin;
+  if (i < num_parts) {
+    load(part, from);
   }
-  while (j < end) {
+  while (i < num_parts) {
     Vector<W, kVec> w[kGates][kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -192,16 +186,22 @@ __device__ __forceinline__ void run_neurons(const FfnArgs& args, int first, int 
         w[g][u] = next[g][u];
       }
     }
-    const bool ends_row = part + kUnroll * kWarp >= vectors;
-    const int next_j = ends_row ? j + stride : j;
-    const int next_part = ends_row ? 0 : part + kUnroll * kWarp;
-    if (next_j < end) {
-      load(next, next_j, next_part);
+    const Part current = part;
+    const int current_from = from;
+    const int current_i = i;
+    from += kUnroll * kWarp;
+    if (from >= part.end) {
+      i += stride;
+      part = part_at(i);
+      from = part.begin;
+    }
+    if (i < num_parts) {
+      load(part, from);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int v = part + u * kWarp + lane;
-      if (v < vectors) {
+      const int v = current_from + u * kWarp + lane;
+      if (v < current.end) {
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
           const W* x =
@@ -211,30 +211,55 @@ __device__ __forceinline__ void run_neurons(const FfnArgs& args, int first, int 
 #pragma unroll
           for (int g = 0; g < kGates; ++g) {
 #pragma unroll
-            for (int i = 0; i < kVec; ++i) {
-              dot[g][t] = fmaf(w[g][u][i], in[i], dot[g][t]);
+            for (int e = 0; e < kVec; ++e) {
+              dot[g][t] = fmaf(w[g][u][e], in[e], dot[g][t]);
             }
           }
         }
       }
     }
-    if (ends_row) {
-      const int32_t neuron = neurons[j];
-      float hidden[kTokens];
-      finish_neuron<W, kTokens, kGates>(args, neuron, mask[neuron / args.expert_width], dot,
-                                        hidden);
-      use(j, hidden);
+    if (i != current_i) {
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
+      for (int g = 0; g < kGates; ++g) {
 #pragma unroll
-        for (int g = 0; g < kGates; ++g) {
+        for (int t = 0; t < kTokens; ++t) {
+          dot[g][t] = sum_warp(dot[g][t]);
+        }
+      }
+      use(current_i, dot);
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) {
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
           dot[g][t] = 0.0f;
         }
       }
     }
-    j = next_j;
-    part = next_part;
   }
+}
+
+// A neuron's activation for token t, from its parts' dot products [parts, kGates, kTokens].
+template <typename W, int kTokens, int kGates>
+__device__ __forceinline__ float activation_of(const FfnArgs& args, const Plan& plan,
+                                               int32_t neuron, const float* dots, int t) {
+  float pre[kGates] = {};
+  for (int p = 0; p < plan.parts; ++p) {
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) {
+      pre[g] += dots[(p * kGates + g) * kTokens + t];
+    }
+  }
+  if (args.b_in.data != nullptr) {
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) {
+      pre[g] += parameter_at<W>(args.b_in, static_cast<int64_t>(neuron) * kGates + g);
+    }
+  }
+  float h = activate(args.activation, pre[0]);
+  if constexpr (kGates == 2) {
+    h *= pre[1];
+  }
+  return args.center.data == nullptr ? h : h - parameter_at<W>(args.center, neuron);
 }
 
 template <typename W, int kVec, int kTokens, int kGates>
@@ -260,8 +285,10 @@ __global__ void __launch_bounds__(kTokens == 1 ? kThreadsWithRouter : kThreads, 
   uint32_t* mask = reinterpret_cast<uint32_t*>(list + E);                           // [E]
   unsigned char* scratch =
       reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(mask + E) + 15) / 16 * 16);
+  // In turn what selecting takes, the parts' dot products and the sums over the block's neurons.
+  float* dots = reinterpret_cast<float*>(scratch);  // [capacity, parts, kGates, kTokens]
+  float* sums = reinterpret_cast<float*>(scratch);  // [sharers, per_block, kTokens, kColumns]
 
-  cluster_arrive();  // the others' shared memory may be written once all have started
   wait_for_previous_kernel();
   let_next_kernel_start();
   if (args.expert_ids != nullptr) {
@@ -269,25 +296,32 @@ __global__ void __launch_bounds__(kTokens == 1 ? kThreadsWithRouter : kThreads, 
   } else {
     select_tokens<kTokens>(args, first, tokens, blockIdx.x == 0, scratch, mask);
   }
-  const int64_t active = static_cast<int64_t>(list_active_experts(mask, E, list)) * n;
-  const int begin = static_cast<int>(active * cluster / plan.clusters);
-  const int count = static_cast<int>(active * (cluster + 1) / plan.clusters) - begin;
+  const int active = list_active_experts(mask, E, list) * n;
+  const int base = active / plan.clusters;
+  const int more = active % plan.clusters;  // clusters that have one neuron more
+  const int begin = cluster * base + ::min(cluster, more);
+  const int count = base + (cluster < more);
   for (int j = threadIdx.x; j < count; j += kThreads) {
     neurons[j] = list[(begin + j) / n] * n + (begin + j) % n;
   }
+  // The others' shared memory may be written once they have started and selected.
   __syncthreads();
-
+  cluster_arrive();
   cluster_wait();
-  run_neurons<W, kVec, kTokens, kGates>(args, first, tokens, neurons, mask, rank * kWarps + warp,
-                                        count, plan.cluster * kWarps,
-                                        [&](int j, const float (&h)[kTokens]) {
-                                          if (lane < plan.cluster) {
+
+  multiply_parts<W, kVec, kTokens, kGates>(
+      args, plan, first, tokens, neurons, count, rank * kWarps + warp, plan.cluster * kWarps,
+      [&](int part, const float (&dot)[kGates][kTokens]) {
+        if (lane < plan.cluster) {
 #pragma unroll
-                                            for (int t = 0; t < kTokens; ++t) {
-                                              store_in_block(&hidden[j * kTokens + t], lane, h[t]);
-                                            }
-                                          }
-                                        });
+          for (int g = 0; g < kGates; ++g) {
+#pragma unroll
+            for (int t = 0; t < kTokens; ++t) {
+              store_in_block(&dots[(part * kGates + g) * kTokens + t], lane, dot[g][t]);
+            }
+          }
+        }
+      });
   cluster_arrive();
 
   // Warps share the block's chunks of columns, and the rows of a chunk where there are more warps
@@ -297,8 +331,19 @@ __global__ void __launch_bounds__(kTokens == 1 ? kThreadsWithRouter : kThreads, 
   const int chunk_end = ::min(chunk_begin + plan.per_block, chunks);
   const int sharers = ::max(1, kWarps / plan.per_block);
   const int sharer = warp % sharers;
-  float* sums = reinterpret_cast<float*>(scratch);  // [sharers, per_block, kTokens, kColumns]
   const W* w_out = static_cast<const W*>(args.w_out);
+  const auto finish = [&]() {
+    cluster_wait();
+    for (int i = threadIdx.x; i < count * kTokens; i += kThreads) {
+      const int j = i / kTokens;
+      const int t = i % kTokens;
+      const bool chosen = mask[neurons[j] / n] >> t & 1;
+      hidden[i] = chosen ? activation_of<W, kTokens, kGates>(
+                               args, plan, neurons[j], dots + j * plan.parts * kGates * kTokens, t)
+                         : 0.0f;
+    }
+    __syncthreads();
+  };
   bool waits = true;
   for (int chunk = chunk_begin + warp / sharers; warp / sharers < plan.per_block;
        chunk += kWarps / sharers) {
@@ -315,8 +360,8 @@ __global__ void __launch_bounds__(kTokens == 1 ? kThreadsWithRouter : kThreads, 
       }
     };
     load(sharer);
-    if (waits) {
-      cluster_wait();  // the first rows are under way before the activations are there
+    if (waits) {  // the first rows are under way before the activations are there
+      finish();
       waits = false;
     }
     if (chunk >= chunk_end) {
@@ -356,7 +401,7 @@ __global__ void __launch_bounds__(kTokens == 1 ? kThreadsWithRouter : kThreads, 
     }
   }
   if (waits) {
-    cluster_wait();
+    finish();
   }
   __syncthreads();
 
@@ -493,13 +538,21 @@ Launch plan_ffn(const FfnArgs& args, int device) {
   if (const auto found = known.find(key); found != known.end()) {
     return found->second;
   }
+  const int vectors = args.hidden_size / kVec;
   const auto shared_of = [&](Plan& plan, int available) {
-    plan.clusters = clusters_of_tile(available, tiles, neurons, kTokens);
+    plan.clusters = clusters_of_tile(available, tiles, neurons, kTokens * kGates);
     plan.capacity = static_cast<int32_t>((neurons + plan.clusters - 1) / plan.clusters);
+    // As many parts as a warp's loads under way make, if their dot products fit.
+    const int64_t part_bytes =
+        sizeof(float) * kTokens * kGates * std::max<int64_t>(plan.capacity, 1);
+    plan.parts = static_cast<int32_t>(std::clamp<int64_t>(
+        kMaxDotBytes / part_bytes, 1, (vectors + kPartVectors - 1) / kPartVectors));
+    plan.part_vectors = (vectors + plan.parts - 1) / plan.parts;
+    const size_t dots = static_cast<size_t>(plan.parts * part_bytes);
     const size_t sums =
         sizeof(float) * kTokens * kColumns * static_cast<size_t>(std::max(kWarps, plan.per_block));
-    const size_t scratch =
-        std::max(sums, selects ? select_scratch_size(kTokens, args.num_experts) : size_t{0});
+    const size_t scratch = std::max(
+        {sums, dots, selects ? select_scratch_size(kTokens, args.num_experts) : size_t{0}});
     return sizeof(float) * (kTokens + 1) * static_cast<size_t>(plan.capacity) +
            8 * static_cast<size_t>(args.num_experts) + 16 + scratch;
   };
@@ -610,7 +663,7 @@ int64_t few_tokens_counters(int64_t tokens) {
 int64_t few_tokens_partial_size(int64_t tokens, const ExpertLayout& layout, int device) {
   const int64_t tiles = (tokens + kTileTokens - 1) / kTileTokens;
   const int64_t clusters = std::max<int64_t>(
-      sm_count(device), tiles * clusters_of_tile(0, tiles, num_neurons(layout), kTileTokens));
+      sm_count(device), tiles * clusters_of_tile(0, tiles, num_neurons(layout), kTileTokens * 2));
   return clusters * kTileTokens * layout.hidden_size;
 }
 

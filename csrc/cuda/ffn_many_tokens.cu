@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 template <typename W, int kTokenGroups>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     down_kernel(const FfnArgs args, int counters_a_tile) {
-  constexpr int kUnroll = 2;
+  constexpr int kUnroll = kTokenGroups == 4 ? 1 : 2;
   constexpr int kTokens = kTokenGroups * 8;
   extern __shared__ __align__(16) unsigned char shared[];
   float* sums = reinterpret_cast<float*>(shared);  // [warps, tokens, columns]

@@ -28,8 +28,8 @@ __host__ __device__ inline size_t select_scratch_size(int tokens, int num_expert
   return static_cast<size_t>(tokens) * num_experts * sizeof(Standing);
 }
 
-// Sets bit `t` of mask[e] for every expert e that token first + t runs; kTokens is at most the
-// number of warps. The block's threads all call it, and see the masks when it returns. `scratch` is
+// Sets bit `t` of mask[e] for every expert e that token first + t runs; kTokens divides the number
+// of warps. The block's threads all call it, and see the masks when it returns. `scratch` is
 // aligned to 16 bytes.
 template <int kTokens>
 __device__ void select_tokens(const FfnArgs& args, int first, int tokens, bool writes_counts,
@@ -37,62 +37,82 @@ __device__ void select_tokens(const FfnArgs& args, int first, int tokens, bool w
   const int E = args.num_experts;
   const int pairs = tokens * E;
   Standing* standings = static_cast<Standing*>(scratch);  // [tokens, E]
-  __shared__ int64_t totals[kTokens];
+  __shared__ unsigned long long totals[kTokens];
   __shared__ float thresholds[kTokens];
   __shared__ int32_t counts[kTokens];
   const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
 
-  // A warp a token reads its logits, and turns them into masses.
   for (int e = threadIdx.x; e < E; e += blockDim.x) {
     mask[e] = 0;
   }
-  if (warp < tokens) {
-    Standing* row = standings + warp * E;
-    float* logits = reinterpret_cast<float*>(row);  // a lane overwrites what it has read itself
+  if (threadIdx.x < kTokens) {
+    totals[threadIdx.x] = 0;
+    counts[threadIdx.x] = 0;
+  }
+  __syncthreads();
+
+  // All warps of a token read all of its logits, which waits once, and share the experts' masses.
+  const int token = threadIdx.x / kWarp % kTokens;
+  if (token < tokens) {
+    const float* read = args.logits + static_cast<int64_t>(first + token) * E;
+    const int64_t split = static_cast<int64_t>(args.num_tokens) * E;
+    const auto logit = [&](int e) {
+      float z = 0.0f;
+      if (e < E) {
+#pragma unroll 1
+        for (int s = 0; s < args.logit_splits; ++s) {
+          z += __ldcg(read + s * split + e);
+        }
+      }
+      return e < E ? (z == 0.0f ? 0.0f : z) : -INFINITY;  // -0 and +0 are a tie
+    };
+    constexpr int kHeld = 4;  // logits of a lane that stay in registers
+    float held[kHeld];
+#pragma unroll
+    for (int u = 0; u < kHeld; ++u) {
+      held[u] = logit(u * kWarp + lane);
+    }
     float top = -INFINITY;
     bool nan = false;
-    const float* read = args.logits + static_cast<int64_t>(first + warp) * E;
-    const int64_t split = static_cast<int64_t>(args.num_tokens) * E;
-    constexpr int kUnroll = 4;  // loads under way at a time
-    for (int base = lane; base < E; base += kUnroll * kWarp) {
-      float z[kUnroll] = {};
-      for (int s = 0; s < args.logit_splits; ++s) {
+    const auto see = [&](float z) {
+      nan |= z != z;
+      top = fmaxf(top, z);
+    };
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          const int e = base + u * kWarp;
-          z[u] += e < E ? __ldcg(read + s * split + e) : 0.0f;
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int e = base + u * kWarp;
-        if (e < E) {
-          z[u] = z[u] == 0.0f ? 0.0f : z[u];  // -0 and +0 are a tie
-          nan |= z[u] != z[u];
-          top = fmaxf(top, z[u]);
-          logits[4 * e] = z[u];
-        }
-      }
+    for (int u = 0; u < kHeld; ++u) {
+      see(held[u]);
+    }
+    for (int e = kHeld * kWarp + lane; e < E; e += kWarp) {
+      see(logit(e));
     }
     nan = __any_sync(kAllLanes, nan);  // fails open: equal logits at a threshold of 1
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, offset));
     }
-    int64_t total = 0;
-    for (int e = lane; e < E; e += kWarp) {
-      const float z = nan ? 0.0f : logits[4 * e];
-      const int64_t mass = nan ? 1 : mass_units(top, z);
-      total += mass;
-      row[e] = {order_of(z, e), mass};
+    const int sharers = blockDim.x / kWarp / kTokens;
+    const int sharer = threadIdx.x / kWarp / kTokens;
+    unsigned long long total = 0;
+    for (int chunk = sharer; chunk * kWarp < E; chunk += sharers) {
+      const int e = chunk * kWarp + lane;
+      float z = held[0];
+#pragma unroll
+      for (int u = 1; u < kHeld; ++u) {
+        z = chunk == u ? held[u] : z;
+      }
+      z = chunk < kHeld ? z : logit(e);
+      z = nan ? 0.0f : z;
+      if (e < E) {
+        const int64_t mass = nan ? 1 : mass_units(top, z);
+        standings[token * E + e] = {order_of(z, e), mass};
+        total += mass;
+      }
     }
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
       total += __shfl_xor_sync(kAllLanes, total, offset);
     }
     if (lane == 0) {
-      totals[warp] = total;
-      thresholds[warp] = nan ? 1.0f : args.thresholds[(first + warp) * args.threshold_stride];
-      counts[warp] = 0;
+      atomicAdd(&totals[token], total);
+      thresholds[token] = nan ? 1.0f : args.thresholds[(first + token) * args.threshold_stride];
     }
   }
   __syncthreads();
@@ -134,7 +154,7 @@ __device__ void select_tokens(const FfnArgs& args, int first, int tokens, bool w
   };
   // The last expert that is needed has as many before it as are needed besides.
   compare([&](int t, int e, int64_t mass, int32_t experts) {
-    if (is_needed(mass, thresholds[t], totals[t])) {
+    if (is_needed(mass, thresholds[t], static_cast<int64_t>(totals[t]))) {
       atomicMax(&counts[t], experts + 1);
       atomicOr(&mask[e], 1u << t);
     }
