@@ -1,23 +1,30 @@
 """Quality of sparse models at equal active fractions: PrunePath beside other methods, on real text, offline.
 
     python benchmarks/quality.py --out quality                  # everything: data, dense models, methods, report
-    python benchmarks/quality.py --out quality --stage cells --jobs 14 --time-limit 900    # go on where it stopped
+    python benchmarks/quality.py --out quality --stage cells --jobs 12 --time-limit 500   # go on where it stopped
 
 Everything is kept under --out, and what is there is not computed again: `data/`, `dense/` (trained models), `cells/`
-(one JSON file for each task, method and seed) and `search/` (learning rates). `--stage report` needs the cells alone.
+(one JSON file for each task, method and seed) and `search/` (learning rates). `cells.json.gz` gathers the finished
+cells once a minute; `--stage report` needs it alone. The processes of `--jobs` take turns over the GPUs, and a cell
+begins as soon as the dense model of its task is trained.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import functools
 import gzip
 import json
+import math
 import multiprocessing
 import os
 import platform
 import sys
 import time
+import traceback
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,9 +40,13 @@ from training import calibrate, evaluate, finetune, install  # noqa: E402
 
 BUDGETS = (0.5, 0.25, 0.1)
 RATES = (2e-4, 5e-4, 1e-3)
-SEARCH_SHARE = 0.25
+SEARCH_SHARE = 1 / 6
 SEARCH_BUDGET = 0.25
-_LONGEST_FIRST = {name: i for i, name in enumerate(("prunepath", "lte", "static-flap", "static-wanda", "static-mean"))}
+_FIRST = {name: i for i, name in enumerate(("dense", "prunepath", "lte", "static-flap", "static-wanda", "static-mean"))}
+_LONGEST_DENSE = {name: i for i, name in enumerate(("nlg", "nlu", "lm-opt", "instruct"))}
+_GATHER_SECONDS = 60.0
+PRETRAINING = "lm-opt"
+"""The task whose training tokens dense models are pre-trained on."""
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -59,7 +70,7 @@ def load_task(out: Path, name: str, device: str) -> Task:
 
 def prepare_data(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer()
-    for name in args.tasks:
+    for name in dict.fromkeys([*args.tasks, PRETRAINING]):
         path = args.out / "data" / f"{name}.pt"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,8 +94,7 @@ def make_dense(args: argparse.Namespace, name: str) -> None:
     _quiet()
     tokenizer = load_tokenizer()
     task = load_task(args.out, name, args.device)
-    source = "lm-llama" if task.family == "llama" else "lm-opt"
-    stream = torch.load(args.out / "data" / f"{source}.pt", weights_only=False).splits["train"]["input_ids"].flatten()
+    stream = load_task(args.out, PRETRAINING, "cpu").splits["train"]["input_ids"].flatten()
     model = train_dense(
         task,
         stream.to(args.device),
@@ -117,14 +127,17 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-_loaded: dict[str, tuple[Task, torch.nn.Module]] = {}
+_loaded: dict[str, tuple[Task, torch.nn.Module, torch.nn.Module]] = {}
 
 
-def _task_and_dense(args: argparse.Namespace, name: str) -> tuple[Task, torch.nn.Module]:
+def _task_and_dense(args: argparse.Namespace, name: str) -> tuple[Task, torch.nn.Module, torch.nn.Module]:
+    """A task, its dense model, and the same as a teacher: on a GPU in bfloat16, as it is stored."""
     if name not in _loaded:
         _loaded.clear()
         task = load_task(args.out, name, args.device)
-        _loaded[name] = task, load_dense(args, name, task.family)
+        dense = load_dense(args, name, task.family)
+        teacher = copy.deepcopy(dense).to(torch.bfloat16) if args.device.startswith("cuda") else dense
+        _loaded[name] = task, dense, teacher
     return _loaded[name]
 
 
@@ -139,19 +152,20 @@ def cell_path(args: argparse.Namespace, task: str, method: str, seed: int) -> Pa
 def learning_rate(args: argparse.Namespace, task_name: str, method: str, installed: Method) -> float:
     """The best of `RATES` by validation loss at `SEARCH_BUDGET` after a short run of a copy of the installed method.
 
+    It is measured without calibration, each batch having the thresholds that obtain the budget on it.
+
     Searched once for a task and a method, by the first seed that comes.
     """
     path = search_path(args, task_name, method)
     if not path.exists():
-        task, dense = _task_and_dense(args, task_name)
+        task, _, teacher = _task_and_dense(args, task_name)
         losses = {}
         for rate in RATES:
             instance = copy.deepcopy(installed)
             steps = max(2, round(SEARCH_SHARE * args.steps))
-            finetune(instance, dense, task, steps=steps, batch_size=args.batch_size, rate=rate, seed=0)
-            calibrate(instance, task, args.batch_size)
+            finetune(instance, teacher, task, steps=steps, batch_size=args.batch_size, rate=rate, seed=0)
             at = 1.0 if method == "dense" else SEARCH_BUDGET
-            losses[f"{rate:g}"] = evaluate(instance, task, "validation", at, limit=256)["loss"]
+            losses[f"{rate:g}"] = evaluate(instance, task, "validation", at, limit=256, calibrated=False)["loss"]
         write_whole(path, json.dumps(losses, indent=2).encode())
     losses = json.loads(path.read_text())
     return float(min(losses, key=losses.get))
@@ -160,7 +174,7 @@ def learning_rate(args: argparse.Namespace, task_name: str, method: str, install
 def run_cell(args: argparse.Namespace, task_name: str, method: str, seed: int) -> None:
     """One method on one task with one seed: without and with fine-tuning, at all budgets."""
     started = time.monotonic()
-    task, dense = _task_and_dense(args, task_name)
+    task, dense, teacher = _task_and_dense(args, task_name)
     tokenizer = load_tokenizer()
     one = METHODS[method].one_checkpoint
     settings = Settings(args.num_experts, BUDGETS, seed)
@@ -174,7 +188,7 @@ def run_cell(args: argparse.Namespace, task_name: str, method: str, seed: int) -
             cell["learning_rate"] = rate = learning_rate(args, task_name, method, instance)
         for finetuned in (False, True):
             if finetuned:
-                finetune(instance, dense, task, steps=args.steps, batch_size=args.batch_size, rate=rate, seed=seed)
+                finetune(instance, teacher, task, steps=args.steps, batch_size=args.batch_size, rate=rate, seed=seed)
             calibrate(instance, task, args.batch_size)
             routed = one and method != "dense"
             for budget in (1.0, *group) if routed else group:
@@ -188,57 +202,195 @@ def run_cell(args: argparse.Namespace, task_name: str, method: str, seed: int) -
     print(f"{task_name} {method} seed {seed}, rate {rate:g}, {cell['seconds']:.0f} s: {', '.join(after)}", flush=True)
 
 
-def _work(job: tuple) -> str | None:
-    args, name, method, seed, deadline = job
-    if cell_path(args, name, method, seed).exists() or time.time() > deadline:
-        return None
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The training of a dense model, or with a method and a seed a cell."""
+
+    task: str
+    method: str | None = None
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"dense {self.task}" if self.method is None else f"{self.task} {self.method} seed {self.seed}"
+
+    def run(self, args: argparse.Namespace) -> None:
+        if self.method is None:
+            make_dense(args, self.task)
+        else:
+            run_cell(args, self.task, self.method, self.seed)
+
+    def is_done(self, args: argparse.Namespace) -> bool:
+        if self.method is None:
+            return (dense_path(args, self.task) / "config.json").exists()
+        return cell_path(args, self.task, self.method, self.seed).exists()
+
+
+def _serve(connection: Connection, args: argparse.Namespace, gpu: int | None) -> None:
+    """A worker process: runs the jobs that come, and answers with an error or None."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # CUDA has not been initialised here yet
     _quiet()
+    while (job := connection.recv()) is not None:
+        try:
+            job.run(args)
+            connection.send(None)
+        except Exception as error:  # one method's failure leaves the others' results
+            traceback.print_exc()
+            _loaded.clear()
+            connection.send(f"{type(error).__name__}: {error}")
+
+
+class Worker:
+    """A process that runs one job at a time, and is started anew where a job took it down."""
+
+    def __init__(self, args: argparse.Namespace, gpu: int | None) -> None:
+        self.args, self.gpu = args, gpu
+        self.job: Job | None = None
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, self.args, self.gpu), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def begin(self, job: Job) -> None:
+        self.job = job
+        self.connection.send(job)
+
+    def finish(self) -> str | None:
+        """The error of the job that has ended."""
+        try:
+            error = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            error = f"the process ended with exit code {self.process.exitcode}"
+            self._start()
+        self.job = None
+        return error
+
+    def stop(self) -> None:
+        if self.job is None:
+            self.connection.send(None)
+        else:
+            self.process.terminate()
+        self.process.join()
+
+
+def all_jobs(args: argparse.Namespace) -> list[Job]:
+    """What is to be computed, in the order in which it is begun.
+
+    All methods of the first seed come before the second; the bounds of further seeds come last. Within a seed, first
+    what everything is compared with, then what takes longest.
+    """
+    dense = sorted((Job(name) for name in args.tasks), key=lambda job: _LONGEST_DENSE.get(job.task, 9))
+    cells = [Job(name, method, seed) for seed in args.seeds for method in args.methods for name in args.tasks]
+    first = args.seeds[0]
+    cells.sort(key=lambda job: (job.method in BOUNDS and job.seed != first, job.seed, _FIRST.get(job.method, 9)))
+    jobs = [*dense, *(cells if args.stage != "dense" else [])]
+    return [job for job in jobs if not job.is_done(args)]
+
+
+def run_jobs(args: argparse.Namespace) -> None:
+    """Runs all jobs, as many at a time as `--jobs` says, until none is left or the time is up.
+
+    At the time limit what is running is stopped; a cell that would not end in time, judging by how long its method
+    took before, does not begin. While dense models train, one cell for each GPU runs beside them.
+    """
+    started = gathered = time.monotonic()
+    limit = args.time_limit or math.inf
+    gpus = torch.cuda.device_count() if args.device == "cuda" else 0
+    pending = all_jobs(args)
+    workers = [Worker(args, i % gpus if gpus else None) for i in range(min(args.jobs, max(1, len(pending))))]
+    first, took, failures, skipped = args.seeds[0], {}, [], []
+    begun: dict[Job, float] = {}
+
+    def is_ready(job: Job) -> bool:
+        running = [worker.job for worker in workers if worker.job is not None]
+        if job.method is None:
+            return True
+        cells = sum(other.method is not None for other in running)
+        if not Job(job.task).is_done(args) or len(running) > cells >= max(1, gpus):
+            return False
+        # The first seed searches for the learning rate.
+        searched = search_path(args, job.task, job.method).exists()
+        return job.seed == first or searched or Job(job.task, job.method, first) not in [*pending, *running]
+
     try:
-        run_cell(args, name, method, seed)
-    except Exception as error:  # one method's failure leaves the others' results
-        import traceback
-
-        traceback.print_exc()
-        return f"{name} {method} seed {seed}: {type(error).__name__}: {error}"
-    return None
-
-
-def run_cells(args: argparse.Namespace) -> None:
-    deadline = time.time() + (args.time_limit or 1e9)
-    jobs = [
-        (args, name, method, seed, deadline) for seed in args.seeds for method in args.methods for name in args.tasks
-    ]
-    # What is compared comes before the bounds, and the longest first: these have a calibration of their own for each
-    # learning rate, or a training for each budget.
-    jobs.sort(key=lambda job: (job[2] in BOUNDS and job[3] != args.seeds[0], job[3], _LONGEST_FIRST.get(job[2], 9)))
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        failures = [failure for failure in pool.imap_unordered(_work, jobs) if failure]
-    gather(args)
+        while True:
+            now = time.monotonic() - started
+            for worker in workers:
+                while worker.job is None:
+                    job = next((job for job in pending if is_ready(job)), None)
+                    if job is None:
+                        break
+                    pending.remove(job)
+                    if now + took.get(job.method, 0.0) > limit:
+                        skipped.append(job)
+                        continue
+                    worker.begin(job)
+                    begun[job] = now
+            busy = [worker for worker in workers if worker.job is not None]
+            if not busy:
+                break
+            for connection in wait([worker.connection for worker in busy], timeout=max(0.0, min(5.0, limit - now))):
+                worker = next(worker for worker in busy if worker.connection is connection)
+                job = worker.job
+                error = worker.finish()
+                now = time.monotonic() - started
+                if error is not None:
+                    failures.append(f"{job}: {error}")
+                    print(f"failed: {failures[-1]}", flush=True)
+                elif job.method is not None:
+                    took[job.method] = max(took.get(job.method, 0.0), now - begun[job])
+            if now >= limit:
+                break
+            if time.monotonic() - gathered > _GATHER_SECONDS and args.stage != "dense":
+                gather(args)
+                gathered = time.monotonic()
+    finally:
+        stopped = [worker.job for worker in workers if worker.job is not None]
+        for worker in workers:
+            worker.stop()
+    unfinished = [*stopped, *skipped, *pending]
+    if unfinished:
+        print(f"not finished: {', '.join(map(str, unfinished))}", flush=True)
+    if args.stage != "dense":
+        gather(args)
     if failures:
         raise SystemExit("failed: " + "; ".join(failures))
+
+
+@functools.cache
+def describe_task(path: Path) -> dict:
+    task = torch.load(path, weights_only=False)
+    return {
+        "family": task.family,
+        "metric": task.metric,
+        "examples": {split: task.count(split) for split in task.splits},
+        "sha256": task.fingerprint(),
+        "sizes": task.sizes,
+        "references": task.references,
+    }
 
 
 def gather(args: argparse.Namespace) -> None:
     """All cells, and what they were measured on, in one file."""
     cells = [json.loads(path.read_text()) for path in sorted((args.out / "cells").glob("*.json"))]
-    tasks = {}
-    for name in TASKS:
-        if (args.out / "data" / f"{name}.pt").exists():
-            task = load_task(args.out, name, "cpu")
-            tasks[name] = {
-                "family": task.family,
-                "metric": task.metric,
-                "examples": {split: task.count(split) for split in task.splits},
-                "sha256": task.fingerprint(),
-                "sizes": task.sizes,
-                "references": task.references,
-            }
+    paths = {name: args.out / "data" / f"{name}.pt" for name in TASKS}
+    tasks = {name: describe_task(path) for name, path in paths.items() if path.exists()}
     import transformers
 
-    where = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "CPU"
+    if args.device.startswith("cuda"):
+        where = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    else:
+        where = platform.processor() or "CPU"
     data = {
         "command": " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
-        "settings": {name: getattr(args, name) for name in ("size", "steps", "batch_size", "num_experts")},
+        "settings": {
+            name: getattr(args, name) for name in ("size", "steps", "batch_size", "num_experts", "jobs", "time_limit")
+        },
         "machine": where,
         "date": time.strftime("%Y-%m-%d"),
         "versions": {
@@ -265,7 +417,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="of fine-tuning")
     parser.add_argument("--batch-size", type=int, default=24, help="examples of a step")
     parser.add_argument("--num-experts", type=int, default=128)
-    parser.add_argument("--time-limit", type=float, help="seconds after which no further cell begins")
+    parser.add_argument("--time-limit", type=float, help="seconds after which what is running is stopped")
     args = parser.parse_args()
     for kind, chosen, known in (("task", args.tasks, TASKS), ("method", args.methods, METHODS)):
         for name in chosen:
@@ -274,12 +426,7 @@ def main() -> None:
     if args.stage in ("data", "dense", "cells", "all"):
         prepare_data(args)
     if args.stage in ("dense", "cells", "all"):
-        missing = [name for name in args.tasks if not (dense_path(args, name) / "config.json").exists()]
-        if missing:
-            with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(missing))) as pool:
-                pool.starmap(make_dense, [(args, name) for name in missing])
-    if args.stage in ("cells", "all"):
-        run_cells(args)
+        run_jobs(args)
     if args.stage in ("report", "all"):
         write_report(args.out / "cells.json.gz", ROOT / "docs")
 

@@ -38,7 +38,7 @@ def finetune(
     """Trains all of the method's parameters, the routers at `ROUTER_RATE` times the learning rate.
 
     The loss, for every method: the task's, plus distillation from the dense model that it started from, plus the
-    method's own.
+    method's own. On a GPU the student trains under autocast; `teacher` runs in its own dtype.
     """
     torch.manual_seed(seed)  # dropout
     model = method.model
@@ -58,10 +58,10 @@ def finetune(
         for step in range(steps):
             batch = next(batches)
             method.before_step(step / steps)
+            with torch.no_grad():
+                target = teacher(**batch).logits
             with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
                 outputs = model(**batch)
-                with torch.no_grad():
-                    target = teacher(**batch).logits
             loss = outputs.loss + method.auxiliary_loss()
             positions = task.scored_positions(batch["labels"])
             loss = loss + DISTILLATION_WEIGHT * distillation_loss(outputs.logits, target, positions)
@@ -85,9 +85,16 @@ def calibrate(method: Method, task: Task, batch_size: int) -> None:
 
 @torch.no_grad()
 def evaluate(
-    method: Method, task: Task, split: str, budget: float, *, tokenizer=None, limit: int | None = None
+    method: Method,
+    task: Task,
+    split: str,
+    budget: float,
+    *,
+    tokenizer=None,
+    limit: int | None = None,
+    calibrated: bool = True,
 ) -> dict:
-    """Scores of each example at a budget.
+    """Scores of each example at a budget, which each batch has thresholds of its own for where `calibrated` is false.
 
     Returns:
         `active_fraction`, `per_layer`, with experts `experts_per_token` (how many tokens ran 0, 1, … experts, over all
@@ -95,16 +102,16 @@ def evaluate(
         `rouge_l` on the test split also `predictions`; `loss`, the mean nats a label.
     """
     model = method.model.eval()
-    method.set_budget(budget)
+    (method.set_budget if calibrated else method.set_batch_budget)(budget)
     result: dict[str, Any] = {"nll": [], "correct": [], "predictions": []}
-    counts = 0
+    counts = torch.zeros((), dtype=torch.int64)
     with padding_masks(model):
         for batch in task.batches(split, 64, limit):
             logits = model(**batch).logits
             labels = batch["labels"]
             result["nll"].append(task.losses(logits, labels))
             positions = task.scored_positions(labels)
-            counts += len(labels) if positions is None else int(positions.sum())
+            counts = counts + (len(labels) if positions is None else positions.sum())
             if task.metric == "accuracy":
                 result["correct"].append((logits.argmax(-1) == labels).int())
         result["active_fraction"] = method.active_fraction()
@@ -124,5 +131,5 @@ def evaluate(
                 )
     result["nll"] = [round(value, 4) for value in torch.cat(result["nll"]).tolist()]
     result["correct"] = torch.cat(result["correct"]).tolist() if result["correct"] else []
-    result["loss"] = math.fsum(result["nll"]) / counts
+    result["loss"] = math.fsum(result["nll"]) / int(counts)
     return result

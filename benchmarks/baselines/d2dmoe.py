@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from baselines.experts import ThresholdMethod
-from baselines.routers import fit_routers, mlp_router
+from baselines.routers import fit_routers, mlp_router, router_targets
 from prunepath.nn import SparseFFN
 from prunepath.nn.experts import expert_contributions
 
@@ -33,7 +33,9 @@ class _D2DMoE(ThresholdMethod):
         for ffn, x in zip(self.ffns, inputs, strict=True):
             ffn.predictor = mlp_router(x, _ROUTER_WIDTH, ffn.num_experts, nn.ReLU())
             ffn.register_buffer("norm_scale", self._norms(ffn, ffn.hidden(x[:4096])).mean().clamp(min=1e-12))
-        fit_routers(self.ffns, [ffn.predictor for ffn in self.ffns], inputs, self._fit_router, self.settings.seed)
+        targets = router_targets(self.ffns, inputs, self._target)
+        routers = [ffn.predictor for ffn in self.ffns]
+        fit_routers(routers, inputs, targets, self._losses, self.settings.seed)
 
     @staticmethod
     def _norms(ffn: SparseFFN, hidden: torch.Tensor) -> torch.Tensor:
@@ -49,18 +51,16 @@ class _D2DMoE(ThresholdMethod):
         return 1.0 if self.enforcing else super().draw_budget(progress)
 
     def token_losses(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        losses = self._router_losses(ffn, x.detach(), hidden.detach())
+        losses = self._losses(ffn.predictor(x.detach()), self._target(ffn, hidden)).mean(-1)
         return losses + _HOYER_WEIGHT * square_hoyer(hidden) if self.enforcing else losses
 
-    def _fit_router(self, ffn: SparseFFN, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            hidden = ffn.hidden(x)
-        return self._router_losses(ffn, x, hidden).mean()
+    @torch.no_grad()
+    def _target(self, ffn: SparseFFN, hidden: torch.Tensor) -> torch.Tensor:
+        return self._norms(ffn, hidden) / ffn.norm_scale
 
-    def _router_losses(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            target = self._norms(ffn, hidden) / ffn.norm_scale
-        return (self.predicted_norms(ffn, x) - target).square().mean(-1)
+    @staticmethod
+    def _losses(predictions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (predictions.abs() - target).square()
 
 
 class D2DMoERelative(_D2DMoE):

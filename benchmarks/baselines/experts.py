@@ -176,6 +176,7 @@ class ThresholdMethod(ExpertMethod):
         self._thresholds: list[torch.Tensor | float] = [float("inf")] * len(self.ffns)
         self._table: dict[float, list[torch.Tensor]] = {}
         self._priorities: list[list[torch.Tensor]] | None = None
+        self._batch_budget: float | None = None
 
     def before_step(self, progress: float) -> None:
         super().before_step(progress)
@@ -189,18 +190,21 @@ class ThresholdMethod(ExpertMethod):
         with torch.no_grad():
             priority = self.priority(ffn, x, hidden).float()
             index = self.ffns.index(ffn)
+            valid = ffn.valid_tokens(len(x))
             if self.training:
                 if self.step_budget >= 1.0:
                     return torch.ones_like(priority, dtype=torch.bool)
-                return priority < batch_threshold(priority, ffn.valid_tokens(len(x)), self.step_fractions[index])
+                return priority < batch_threshold(priority, valid, self.step_fractions[index])
+            if self._batch_budget is not None:
+                return priority < batch_threshold(priority, valid, self._batch_budget)
             if self._priorities is not None:
-                valid = ffn.valid_tokens(len(x))
                 self._priorities[index].append(priority if valid is None else priority[valid])
             return priority < self._thresholds[index]
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[Batch]) -> None:
         self.training = False
+        self._batch_budget = None
         self.chosen_shapes: dict[float, str] = {}
         for budget in self.settings.budgets if self.budget is None else (self.budget,):
             fits = {shape: self._fit_thresholds(batches, budget, shape) for shape in self.shapes}
@@ -245,8 +249,13 @@ class ThresholdMethod(ExpertMethod):
         rank = torch.searchsorted(before, budget * weights.sum())
         return torch.cat([values, values.new_full((1,), float("inf"))])[rank]
 
+    def set_batch_budget(self, budget: float) -> None:
+        super().set_budget(1.0)
+        self._batch_budget = budget
+
     def set_budget(self, budget: float) -> None:
         super().set_budget(budget)
+        self._batch_budget = None
         if budget >= 1.0:
             self._thresholds = [float("inf")] * len(self.ffns)
         elif budget in self._table:
@@ -257,13 +266,14 @@ class ThresholdMethod(ExpertMethod):
 
 def batch_threshold(priority: torch.Tensor, valid: torch.Tensor | None, budget: float) -> torch.Tensor:
     """The value below which lies the share `budget` of the priorities [T, ...] of valid tokens; a scalar tensor."""
-    if valid is None:
-        count = torch.tensor(priority.numel(), device=priority.device)
-    else:
+    # The host never waits for the device: a tensor indexes by index_select.
+    if valid is not None:
         priority = priority.masked_fill(~valid.unsqueeze(1), float("inf"))
-        count = valid.sum() * priority.shape[1]
     values = torch.cat([priority.flatten().sort().values, priority.new_full((1,), float("inf"))])
-    return values[(count * budget).round().long()]
+    if valid is None:
+        return values[round(priority.numel() * budget)]
+    rank = (valid.sum(0, keepdim=True) * (priority.shape[1] * budget)).round().long()
+    return values.index_select(0, rank)[0]
 
 
 def mass_before(shares: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from baselines.base import Settings
 from baselines.experts import ThresholdMethod
 from baselines.oracle import contributions
-from baselines.routers import Standardised, fit_routers
+from baselines.routers import Standardised, fit_routers, router_targets
 from prunepath.errors import PrunePathError
 from prunepath.nn import SparseFFN
 
@@ -49,18 +51,18 @@ class LTE(ThresholdMethod):
         for ffn, x in zip(self.ffns, inputs, strict=True):
             linear = nn.Linear(ffn.hidden_size, ffn.num_experts, device=x.device, dtype=torch.float32)
             ffn.predictor = nn.Sequential(Standardised(x), linear)
-        fit_routers(self.ffns, [ffn.predictor for ffn in self.ffns], inputs, self._fit_router, self.settings.seed)
+        targets = router_targets(self.ffns, inputs, self._target)
+        loss = functools.partial(F.binary_cross_entropy_with_logits, reduction="none")
+        fit_routers([ffn.predictor for ffn in self.ffns], inputs, targets, loss, self.settings.seed)
         self.soft = True
         self._log_weight = torch.zeros((), device=inputs[0].device)
         self._cut = torch.zeros((), device=inputs[0].device)
         self._shares: list[torch.Tensor] = []
 
-    def _fit_router(self, ffn: SparseFFN, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            values = contributions(ffn, ffn.hidden(x))
-            best = values.topk(max(1, round(self.budget * ffn.num_experts))).indices
-            target = torch.zeros_like(values).scatter_(1, best, 1.0)
-        return F.binary_cross_entropy_with_logits(ffn.predictor(x), target)
+    def _target(self, ffn: SparseFFN, hidden: torch.Tensor) -> torch.Tensor:
+        values = contributions(ffn, hidden)
+        best = values.topk(max(1, round(self.budget * ffn.num_experts))).indices
+        return torch.zeros_like(values).scatter_(1, best, 1.0)
 
     def priority(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         return -ffn.predictor(x)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from baselines.experts import TopK
-from baselines.routers import fit_routers, mlp_router
+from baselines.routers import fit_routers, mlp_router, router_targets
 from prunepath.nn import SparseFFN
 
 
@@ -27,20 +27,21 @@ class MoEfication(TopK):
         experts = self.settings.num_experts
         for ffn, x in zip(self.ffns, inputs, strict=True):
             ffn.predictor = mlp_router(x, experts, experts, nn.Tanh())
-        fit_routers(self.ffns, [ffn.predictor for ffn in self.ffns], inputs, self._fit_router, self.settings.seed)
+        targets = router_targets(self.ffns, inputs, self._target)
+        routers = [ffn.predictor for ffn in self.ffns]
+        fit_routers(routers, inputs, targets, self._losses, self.settings.seed)
 
     def scores(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         return ffn.predictor(x)
 
     def token_losses(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        return self._router_losses(ffn, x.detach(), hidden.detach())
+        return self._losses(ffn.predictor(x.detach()), self._target(ffn, hidden.detach())).mean(-1)
 
-    def _fit_router(self, ffn: SparseFFN, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            hidden = ffn.hidden(x)
-        return self._router_losses(ffn, x, hidden).mean()
-
-    def _router_losses(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def _target(ffn: SparseFFN, hidden: torch.Tensor) -> torch.Tensor:
         sums = hidden.abs().float().unflatten(-1, (ffn.num_experts, -1)).sum(-1)
-        target = sums / sums.amax(-1, keepdim=True).clamp(min=1e-12)
-        return F.binary_cross_entropy_with_logits(ffn.predictor(x), target, reduction="none").mean(-1)
+        return sums / sums.amax(-1, keepdim=True).clamp(min=1e-12)
+
+    @staticmethod
+    def _losses(predictions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(predictions, target, reduction="none")

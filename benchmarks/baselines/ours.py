@@ -79,6 +79,11 @@ class PrunePath(Method):
         self._any_budget.detach()
         prunepath.calibrate(self.model, None, batches)
 
+    def set_batch_budget(self, budget: float) -> None:
+        self._counting.close()
+        self._counting.enter_context(self._any_budget.evaluating_at(budget))
+        self.counts = self._counting.enter_context(prunepath.record_counts(self.model))
+
     def set_budget(self, budget: float) -> None:
         prunepath.set_budget(self.model, budget)
         self._counting.close()

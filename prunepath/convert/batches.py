@@ -83,16 +83,16 @@ def backbone_inputs(batch: Batch) -> Batch:
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float | None:
     """The model's loss, batches weighed by their labels; None for a model or batches that have none."""
-    total, weight = 0.0, 0
+    total = weight = 0.0
     for batch in batches:
         labels = batch.get("labels")
         loss = None if labels is None else getattr(model(**batch), "loss", None)
         if loss is None:
             return None
-        count = int((labels != _IGNORED_LABEL).sum())
-        total += loss.item() * count
-        weight += count
-    return total / max(1, weight)
+        count = (labels != _IGNORED_LABEL).sum().double()  # the device is waited for once, at the end
+        total = total + loss.double() * count
+        weight = weight + count
+    return float(total / weight)
 
 
 def _peek(texts: Iterable) -> tuple[Any, Iterable]:

@@ -275,6 +275,13 @@ class SparseFFN(nn.Module):
         else:
             self._threshold = torch.full(self._threshold.shape, value, dtype=torch.float32, device=device)
 
+    def try_threshold(self, value: torch.Tensor) -> None:
+        """Runs at the threshold `value`, float32 [] on this module's device, which the host does not wait for.
+
+        `threshold` does not show it, and ends it when it is set.
+        """
+        self._threshold.copy_(value)
+
     def set_request_thresholds(self, values: Sequence[float] | None) -> None:
         """Gives each sequence of a batch its own threshold.
 

@@ -162,10 +162,14 @@ class Search:
             fits = [_FitFraction(f, low) for f, low in zip(wanted, lowest, strict=True)]
             with observing_inputs(dict(zip(self.ffns, fits, strict=True))):
                 sample.encode()
-            bound = [f.obtained > f.fraction + 1e-3 for f in fits]
+            thresholds, shares = torch.stack([f.outcome for f in fits]).unbind(1)
+            obtained = shares.tolist()
+            for ffn, threshold in zip(self.ffns, thresholds.tolist(), strict=True):
+                ffn.threshold = threshold
+            bound = [share > f.fraction + 1e-3 for f, share in zip(fits, obtained, strict=True)]
             if not any(bound) or all(bound):
                 break
-            fixed = self.mean([f.obtained if b else 0.0 for f, b in zip(fits, bound, strict=True)])
+            fixed = self.mean([o if b else 0.0 for o, b in zip(obtained, bound, strict=True)])
             free = self.mean([0.0 if b else f.fraction for f, b in zip(fits, bound, strict=True)])
             share = max(0.0, budget - fixed) / free
             wanted = [f.fraction if b else f.fraction * share for f, b in zip(fits, bound, strict=True)]
@@ -253,14 +257,18 @@ class Search:
 class _FitFraction:
     """An `observe_input` hook that gives the FFN the threshold at which `fraction` of its experts are active.
 
+    The threshold is raised to `lowest` if need be. The host does not wait for it: the FFN runs at it before
+    anybody has read it.
+
     Attributes:
-        obtained: the active fraction at that threshold, which is raised to `lowest` if need be.
+        outcome: float64 [2], the threshold and the active fraction that it obtains.
     """
+
+    outcome: torch.Tensor
 
     def __init__(self, fraction: float, lowest: float = SMALLEST_THRESHOLD) -> None:
         self.fraction = fraction
         self.lowest = lowest
-        self.obtained = fraction
 
     def __call__(self, ffn: SparseFFN, x: torch.Tensor) -> None:
         # An expert is active iff the mass before it is under τ, so τ is a quantile of that mass over all experts.
@@ -271,9 +279,11 @@ class _FitFraction:
         before = before.flatten().sort().values
         left = ffn.num_experts / ffn.dense_experts  # what shrinking left of the FFN
         rank = min(round(self.fraction / left * len(before)), len(before) - 1)
-        threshold = max(before[rank].item(), self.lowest)
-        ffn.threshold = threshold = 1.0 if self.fraction >= left else min(threshold, LARGEST_THRESHOLD)
-        self.obtained = (before < threshold).double().mean().item() * left
+        threshold = before[rank].clamp(min=self.lowest, max=LARGEST_THRESHOLD)
+        if self.fraction >= left:
+            threshold = torch.ones_like(threshold)
+        self.outcome = torch.stack([threshold, (before < threshold).double().mean() * left])
+        ffn.try_threshold(threshold.float())
 
 
 def _solve(function: Callable[[float], float], value: float, low: float, high: float) -> float:

@@ -67,9 +67,16 @@ class RouterTraining:
         self.bias = torch.zeros(ffn.num_experts, device=mean.device, requires_grad=True)
         # A step of Adam moves every weight by about the learning rate, and so a logit by H times that at worst.
         self.peak = config.router_learning_rate / math.sqrt(ffn.hidden_size)
-        self.optimizer = torch.optim.AdamW([self.weight, self.bias], lr=self.peak, weight_decay=0.0)
-        self.kl = math.nan
+        self.optimizer = torch.optim.AdamW(
+            [self.weight, self.bias], lr=self.peak, weight_decay=0.0, fused=mean.is_cuda or None
+        )
+        self._kl: torch.Tensor | None = None
         self._progress = 0.0
+
+    @property
+    def kl(self) -> float:
+        """A moving average of the loss, in nats; NaN before the first step."""
+        return math.nan if self._kl is None else self._kl.item()
 
     def schedule(self, progress: float) -> None:
         """Sets the learning rate for the share `progress` in [0, 1] of all tokens seen: warm-up, then cosine."""
@@ -93,8 +100,8 @@ class RouterTraining:
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            value = loss.item()
-            self.kl = value if math.isnan(self.kl) else 0.95 * self.kl + 0.05 * value
+            value = loss.detach()  # the host does not wait for it
+            self._kl = value if self._kl is None else self._kl.lerp(value, 0.05)
 
     @torch.no_grad()
     def finish(self) -> None:
