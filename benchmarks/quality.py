@@ -4,7 +4,7 @@
     python benchmarks/quality.py --out quality --stage cells --jobs 12 --time-limit 500   # go on where it stopped
 
 Everything is kept under --out, and what is there is not computed again: `data/`, `dense/` (trained models), `cells/`
-(one JSON file for each task, method and seed) and `search/` (learning rates). `cells.json.gz` gathers the finished
+(one JSON file for each task, method and seed) and `search/` (learning rates). `cells.json.xz` gathers the finished
 cells once a minute; `--stage report` needs it alone. The processes of `--jobs` take turns over the GPUs, and a cell
 begins as soon as the dense model of its task is trained.
 """
@@ -15,8 +15,8 @@ import argparse
 import copy
 import dataclasses
 import functools
-import gzip
 import json
+import lzma
 import math
 import multiprocessing
 import os
@@ -299,7 +299,7 @@ def run_jobs(args: argparse.Namespace) -> None:
     took before, does not begin. While dense models train, one cell for each GPU runs beside them.
     """
     started = gathered = time.monotonic()
-    limit = args.time_limit or math.inf
+    limit = math.inf if args.time_limit is None else args.time_limit
     gpus = torch.cuda.device_count() if args.device == "cuda" else 0
     pending = all_jobs(args)
     workers = [Worker(args, i % gpus if gpus else None) for i in range(min(args.jobs, max(1, len(pending))))]
@@ -391,6 +391,7 @@ def gather(args: argparse.Namespace) -> None:
         "settings": {
             name: getattr(args, name) for name in ("size", "steps", "batch_size", "num_experts", "jobs", "time_limit")
         },
+        "asked": {"tasks": args.tasks, "methods": args.methods, "seeds": args.seeds},
         "machine": where,
         "date": time.strftime("%Y-%m-%d"),
         "versions": {
@@ -401,7 +402,7 @@ def gather(args: argparse.Namespace) -> None:
         "tasks": tasks,
         "cells": cells,
     }
-    write_whole(args.out / "cells.json.gz", gzip.compress(json.dumps(data).encode()))
+    write_whole(args.out / "cells.json.xz", lzma.compress(json.dumps(data).encode()))
 
 
 def main() -> None:
@@ -428,7 +429,7 @@ def main() -> None:
     if args.stage in ("dense", "cells", "all"):
         run_jobs(args)
     if args.stage in ("report", "all"):
-        write_report(args.out / "cells.json.gz", ROOT / "docs")
+        write_report(args.out / "cells.json.xz", ROOT / "docs")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Writes docs/quality.md, .json, .csv and a plot from the cells of `benchmarks/quality.py`.
 
-python benchmarks/quality_report.py quality/cells.json.gz docs
+python benchmarks/quality_report.py quality/cells.json.xz docs
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
+import lzma
 import math
 import sys
 from pathlib import Path
@@ -91,8 +91,10 @@ class Table:
         losses = [self.loss((task, method, finetuned, budget)) for task in self.tasks]
         return None if None in losses else sum(losses) / len(losses)
 
-    def best_baseline(self, task: str, finetuned: bool, budget: float) -> str | None:
-        losses = {m: self.loss((task, m, finetuned, budget)) for m in self.baselines}
+    def best_baseline(self, task: str, finetuned: bool, budget: float, *, one_checkpoint: bool = False) -> str | None:
+        """The baseline that loses least; with `one_checkpoint`, out of those that serve all budgets with one."""
+        baselines = [m for m in self.baselines if self.methods[m] or not one_checkpoint]
+        losses = {m: self.loss((task, m, finetuned, budget)) for m in baselines}
         losses = {m: value for m, value in losses.items() if value is not None}
         return min(losses, key=losses.get) if losses else None
 
@@ -127,11 +129,34 @@ class Table:
 def verdict(interval: tuple[float, float] | None) -> str:
     if interval is None:
         return "–"
-    return "ahead" if interval[1] < 0 else "behind" if interval[0] > 0 else "level"
+    return "ahead of" if interval[1] < 0 else "behind" if interval[0] > 0 else "level with"
 
 
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:+.1f} %"
+
+
+def coverage(data: dict) -> str:
+    """Which of the cells that were asked for are missing, one line for each task and set of seeds; "" if none is."""
+    found = {(cell["task"], cell["method"], cell["seed"]) for cell in data["cells"]}
+    asked = data["asked"]
+    lines = []
+    for task in asked["tasks"]:
+        missing = {
+            seed: [method for method in asked["methods"] if (task, method, seed) not in found]
+            for seed in asked["seeds"]
+        }
+        for seed, methods in missing.items():
+            if methods:
+                text = "all methods" if methods == asked["methods"] else ", ".join(methods)
+                lines.append(f"- {task}, seed {seed}: {text}\n")
+    if not lines:
+        return ""
+    wanted = len(asked["tasks"]) * len(asked["methods"]) * len(asked["seeds"])
+    return (
+        f"\n## Not measured\n\n{len(found)} of {wanted} cells (task, method, seed) ended within the time limit. Without"
+        f" further seeds, intervals show the spread over test examples alone. Missing:\n\n{''.join(lines)}"
+    )
 
 
 def render(table: Table, notes: str) -> str:
@@ -160,18 +185,25 @@ def render(table: Table, notes: str) -> str:
         dense = [table.quality((name, "dense", tuned, 1.0)) for tuned in (False, True)]
         values = ["–" if value is None else f"{value:.4f}" for value in dense]
         row(name, task["family"], task["metric"], str(task["examples"]["test"]), *values)
+    out.write(coverage(data))
     out.write("\n## Targets\n\n")
-    head("budget", "lost at most", "lost", "reached", "against the best baseline of each task (95 % interval)")
+    head(
+        *("budget", "lost at most", "lost", "reached", "against the best baseline of each task (95 % interval)"),
+        "against the best with one checkpoint for all budgets, as PrunePath has",
+    )
     for budget, target in TARGETS.items():
         lost = table.mean_loss(OURS, True, budget)
-        leads = []
-        for name in names:
-            best = table.best_baseline(name, True, budget)
-            interval = table.lead(name, best, True, budget) if best else None
-            text = "–" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"
-            leads.append(f"{name}: {verdict(interval)} of {best} ({text})" if best else f"{name}: –")
         reached = "–" if lost is None else "yes" if lost <= target else "no"
-        row(f"{budget:.0%}", f"{target:.1%}", percent(lost), reached, "; ".join(leads))
+        columns = []
+        for one_checkpoint in (False, True):
+            leads = []
+            for name in names:
+                best = table.best_baseline(name, True, budget, one_checkpoint=one_checkpoint)
+                interval = table.lead(name, best, True, budget) if best else None
+                text = "–" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"
+                leads.append(f"{name}: {verdict(interval)} {best} ({text})" if best else f"{name}: –")
+            columns.append("; ".join(leads))
+        row(f"{budget:.0%}", f"{target:.1%}", percent(lost), reached, *columns)
     for tuned in (True, False):
         out.write(f"\n## {'With' if tuned else 'Without'} fine-tuning\n")
         for budget in TARGETS:
@@ -204,6 +236,7 @@ def render(table: Table, notes: str) -> str:
     missed = table.missed()
     out.write(f"\n## Budgets missed by more than {100 * TOLERANCE:g} points\n\n")
     out.write("".join(f"- {line}\n" for line in missed) or "None.\n")
+    out.write("\n![Quality lost over the active fraction, for every task](quality.png)\n")
     if notes:
         out.write(f"\n## What was tried and did not work\n\n{notes.strip()}\n")
     return out.getvalue()
@@ -235,24 +268,26 @@ def plot(table: Table, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, len(table.tasks), figsize=(4 * len(table.tasks), 4), squeeze=False)
+    methods = [OURS, *sorted(table.baselines), *BOUNDS]
     for axis, name in zip(axes[0], table.tasks, strict=True):
-        for method in (OURS, *table.baselines, *BOUNDS):
+        for i, method in enumerate(methods):
             points = [(budget, table.loss((name, method, True, budget))) for budget in TARGETS]
             points = [(100 * budget, 100 * loss) for budget, loss in points if loss is not None]
             if points:
-                style = "k-o" if method == OURS else ":" if method in BOUNDS else "-"
-                axis.plot(*zip(*points, strict=True), style, label=method, linewidth=2 if method == OURS else 1)
+                style = {"color": "black", "marker": "o", "linewidth": 2} if method == OURS else {"color": f"C{i - 1}"}
+                axis.plot(*zip(*points, strict=True), ":" if method in BOUNDS else "-", label=method, **style)
         axis.set(title=name, xlabel="active FFN neurons, %", ylabel="quality lost, %")
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
+    handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.tight_layout(rect=(0, 0, 1, 0.87))
+    figure.legend(handles.values(), handles.keys(), loc="upper center", ncols=7, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def write_report(results: Path, docs: Path) -> None:
     """Writes quality.md, quality.json, quality.csv and quality.png into `docs`."""
-    data = json.loads(gzip.decompress(results.read_bytes()))
+    data = json.loads(lzma.decompress(results.read_bytes()))
     if not data["cells"]:
         raise SystemExit(f"expected finished cells in {results}, got none.")
     table = Table(data)

@@ -129,7 +129,7 @@ def evaluate(
                 result["predictions"] += tokenizer.batch_decode(
                     ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
                 )
-    result["nll"] = [round(value, 4) for value in torch.cat(result["nll"]).tolist()]
+    result["nll"] = [round(value, 3) for value in torch.cat(result["nll"]).tolist()]
     result["correct"] = torch.cat(result["correct"]).tolist() if result["correct"] else []
     result["loss"] = math.fsum(result["nll"]) / int(counts)
     return result

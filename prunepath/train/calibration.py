@@ -162,7 +162,8 @@ class Search:
             fits = [_FitFraction(f, low) for f, low in zip(wanted, lowest, strict=True)]
             with observing_inputs(dict(zip(self.ffns, fits, strict=True))):
                 sample.encode()
-            thresholds, shares = torch.stack([f.outcome for f in fits]).unbind(1)
+            device = fits[0].outcome.device
+            thresholds, shares = torch.stack([f.outcome.to(device) for f in fits]).unbind(1)
             obtained = shares.tolist()
             for ffn, threshold in zip(self.ffns, thresholds.tolist(), strict=True):
                 ffn.threshold = threshold

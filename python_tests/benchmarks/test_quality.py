@@ -1,8 +1,9 @@
 """The quality benchmark: tasks without leaks, one harness for all methods, cells that are not computed twice."""
 
 import argparse
-import gzip
 import json
+import lzma
+import os
 import sys
 from pathlib import Path
 
@@ -125,7 +126,13 @@ def test_small_models_have_equal_ffns(family):
 
 def settings(out: Path, **changes) -> argparse.Namespace:
     values = dict(
-        out=out, size="tiny", device="cpu", jobs=1, tasks=["nlu"], methods=["dense", "prunepath", "static-flap"]
+        stage="cells",
+        out=out,
+        size="tiny",
+        device="cpu",
+        jobs=1,
+        tasks=["nlu"],
+        methods=["dense", "prunepath", "static-flap"],
     )
     values |= dict(seeds=[0], steps=3, batch_size=8, num_experts=16, time_limit=None)
     return argparse.Namespace(**(values | changes))
@@ -134,16 +141,13 @@ def settings(out: Path, **changes) -> argparse.Namespace:
 def test_cells_hold_every_budget_and_are_computed_once(tmp_path):
     args = settings(tmp_path, tasks=["lm-opt", "nlu"])
     quality.prepare_data(args)
-    for name in args.tasks:
-        quality.make_dense(args, name)
     args.tasks = ["nlu"]
-    jobs = [(args, "nlu", method, 0, 1e12) for method in args.methods]
-    assert [quality._work(job) for job in jobs] == [None] * 3
+    quality.run_jobs(args)
+    assert quality.all_jobs(args) == []
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
-    assert [quality._work(job) for job in jobs] == [None] * 3
+    quality.run_jobs(args)
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
-    quality.gather(args)
-    data = json.loads(gzip.decompress((tmp_path / "cells.json.gz").read_bytes()))
+    data = json.loads(lzma.decompress((tmp_path / "cells.json.xz").read_bytes()))
     assert {cell["method"] for cell in data["cells"]} == set(args.methods)
     for cell in data["cells"]:
         wanted = {"dense": {1.0}, "prunepath": {1.0, *quality.BUDGETS}}.get(cell["method"], set(quality.BUDGETS))
@@ -154,6 +158,38 @@ def test_cells_hold_every_budget_and_are_computed_once(tmp_path):
             assert result["active_fraction"] == pytest.approx(result["budget"], abs=0.05)
 
 
-def test_no_cell_begins_after_the_time_limit(tmp_path):
-    assert quality._work((settings(tmp_path), "nlu", "dense", 0, 0.0)) is None
-    assert not (tmp_path / "cells").exists()
+def test_jobs_come_in_the_order_in_which_a_time_limit_leaves_most(tmp_path):
+    args = settings(tmp_path, tasks=["lm-opt", "nlu"], methods=["random", "lte", "dense", "prunepath"], seeds=[0, 1])
+    jobs = [str(job) for job in quality.all_jobs(args)]
+    assert jobs[:2] == ["dense nlu", "dense lm-opt"]
+    assert [job.removeprefix("nlu ") for job in jobs if job.startswith("nlu")] == [
+        *("dense seed 0", "prunepath seed 0", "lte seed 0", "random seed 0"),
+        *("dense seed 1", "prunepath seed 1", "lte seed 1", "random seed 1"),
+    ]
+
+
+def test_nothing_runs_on_after_the_time_limit(tmp_path):
+    args = settings(tmp_path, time_limit=0.0)
+    quality.prepare_data(args)
+    quality.run_jobs(args)
+    assert not (tmp_path / "dense").exists() and not (tmp_path / "cells").exists()
+
+
+class _Breaking(quality.Job):
+    """A job that fails as its method says."""
+
+    def run(self, args):
+        if self.method == "error":
+            raise ValueError("no")
+        if self.method == "exit":
+            os._exit(3)
+
+
+def test_a_failed_job_leaves_the_worker_to_the_next(tmp_path):
+    worker = quality.Worker(settings(tmp_path), None)
+    errors = []
+    for method in ("error", "exit", "fine"):
+        worker.begin(_Breaking("nlu", method))
+        errors.append(worker.finish())
+    worker.stop()
+    assert errors == ["ValueError: no", "the process ended with exit code 3", None]

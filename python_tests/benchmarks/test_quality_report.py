@@ -1,8 +1,8 @@
 """The report of the quality benchmark, from cells whose outcome is known."""
 
 import csv
-import gzip
 import json
+import lzma
 import sys
 from pathlib import Path
 
@@ -50,6 +50,7 @@ def data(rows: list[dict]) -> dict:
     return {
         "command": "python benchmarks/quality.py --out here",
         "settings": {"steps": 3},
+        "asked": {"tasks": ["lm"], "methods": sorted({row["method"] for row in rows}), "seeds": [0]},
         "machine": "a machine",
         "date": "2026-01-02",
         "versions": {"torch": "2"},
@@ -59,8 +60,8 @@ def data(rows: list[dict]) -> dict:
 
 
 def written(tmp_path, rows: list[dict]) -> str:
-    source = tmp_path / "cells.json.gz"
-    source.write_bytes(gzip.compress(json.dumps(data(rows)).encode()))
+    source = tmp_path / "cells.json.xz"
+    source.write_bytes(lzma.compress(json.dumps(data(rows)).encode()))
     report.write_report(source, tmp_path / "docs")
     return (tmp_path / "docs" / "quality.md").read_text()
 
@@ -73,7 +74,7 @@ def test_losses_are_relative_to_the_dense_model():
 
 
 def test_ahead_level_and_behind():
-    for ours, theirs, expected in ((0.02, 0.05, "ahead"), (0.05, 0.02, "behind"), (0.03, 0.03, "level")):
+    for ours, theirs, expected in ((0.02, 0.05, "ahead of"), (0.05, 0.02, "behind"), (0.03, 0.03, "level with")):
         table = report.Table(data(cells({"prunepath": ours, "topk": theirs, "oracle-topk": 0.0})))
         assert report.verdict(table.lead("lm", "topk", True, 0.25)) == expected
     assert report.verdict(None) == "–"
@@ -89,7 +90,7 @@ def test_better_is_higher_for_accuracy():
     values["tasks"]["lm"]["metric"] = "accuracy"
     table = report.Table(values)
     assert table.loss(("lm", "prunepath", True, 0.25)) == pytest.approx(0.125)
-    assert report.verdict(table.lead("lm", "topk", True, 0.25)) == "ahead"
+    assert report.verdict(table.lead("lm", "topk", True, 0.25)) == "ahead of"
 
 
 def test_seeds_are_averaged():
@@ -113,6 +114,21 @@ def test_the_document_says_what_was_reached_and_what_was_missed(tmp_path):
         assert len(list(csv.DictReader(file))) == 2 + 4 * 6
     assert json.loads((tmp_path / "docs" / "quality.json").read_text())["machine"] == "a machine"
     assert (tmp_path / "docs" / "quality.png").stat().st_size > 1000
+
+
+def test_the_best_with_one_checkpoint_is_named_beside_the_best():
+    table = report.Table(data(cells({"prunepath": 0.04, "topk": 0.08, "static-flap": 0.02})))
+    assert table.best_baseline("lm", True, 0.25) == "static-flap"
+    assert table.best_baseline("lm", True, 0.25, one_checkpoint=True) == "topk"
+
+
+def test_cells_that_were_asked_for_and_not_measured_are_named():
+    values = data(cells({"prunepath": 0.04, "topk": 0.08}))
+    assert report.coverage(values) == ""
+    values["asked"] = {"tasks": ["lm"], "methods": ["dense", "prunepath", "topk", "lte"], "seeds": [0, 1]}
+    text = report.coverage(values)
+    assert "3 of 8 cells" in text
+    assert text.endswith("- lm, seed 0: lte\n- lm, seed 1: all methods\n")
 
 
 def test_missing_cells_are_dashes(tmp_path):
