@@ -141,6 +141,10 @@ def convert(
         Autocast, typer.Option(help="Run the backbone in this precision while converting.")
     ] = _defaults.autocast,
     backend: Annotated[BackendName, typer.Option(help="What runs the sparse FFNs.")] = _defaults.backend,
+    low_memory: Annotated[
+        bool,
+        typer.Option("--low-memory", help="Read one layer at a time, from file to file; a stopped run goes on."),
+    ] = False,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -165,19 +169,24 @@ def convert(
         backend=backend.value,
     )
     check_output_folder(out)
+    if low_memory and (dtype is not DType.auto or device not in (None, "cpu")):
+        raise PrunePathError("Expected neither --dtype nor --device with --low-memory, which works on the CPU.")
     texts = _texts(data, text_column)
     with _results(as_json) as results:
         prunepath = _import_prunepath()
+        if low_memory:
+            from prunepath.modeling import load_tokenizer
+            from prunepath.streaming import convert_streaming
+
+            convert_streaming(model, out, load_tokenizer(model), texts, config, progress=True)
+            _show_conversion(results, out, config)
+            return
         dense, tokenizer = _load(prunepath, model, dtype, device)
         if prunepath.is_sparse(dense):
             raise PrunePathError(f"Expected a dense model to convert, but {model} is a PrunePath checkpoint already.")
         sparse = prunepath.convert(dense, tokenizer, texts, config, progress=True)
         prunepath.save(sparse, tokenizer, out)
-        summary = _describe(out)
-        results.json(summary)
-        results.routers(summary["calibration"]["routers"])
-        results.text(f"Wrote {out}: {summary['layers']} FFNs of {config.num_experts} experts.")
-        results.text(f'Try: prunepath generate {out} "Once upon a time" --budget 0.25')
+        _show_conversion(results, out, config)
 
 
 @app.command("eval")
@@ -609,6 +618,14 @@ def demo(
             results.text(sample["prompt"] + sample["text"])
         results.text(f"\nWrote the checkpoint, tradeoff.json and tradeoff.png to {out} in {outcome['seconds']:.0f} s.")
         results.text(f'Try: prunepath generate {out} "def main(" --budget 0.25')
+
+
+def _show_conversion(results: _Results, out: Path, config: PrunePathConfig) -> None:
+    summary = _describe(out)
+    results.json(summary)
+    results.routers(summary["calibration"]["routers"])
+    results.text(f"Wrote {out}: {summary['layers']} FFNs of {config.num_experts} experts.")
+    results.text(f'Try: prunepath generate {out} "Once upon a time" --budget 0.25')
 
 
 class _Results:

@@ -482,10 +482,11 @@ def check_output_folder(out: str | os.PathLike) -> Path:
 
 
 @contextlib.contextmanager
-def whole_folder(out: str | os.PathLike) -> Iterator[Path]:
+def whole_folder(out: str | os.PathLike, resume: str | None = None) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name when the block ends without an error, and else vanishes.
 
-    What a killed process left there is removed.
+    What a killed process left there is removed. With `resume`, a text that names the work, the folder stays after an
+    error too, and a later block of the same text finds what is in it.
     """
     out = check_output_folder(out)
     temporary = out.absolute().with_name(f".{out.name}.partial")
@@ -499,17 +500,23 @@ def whole_folder(out: str | os.PathLike) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(handle), os.stat(temporary)):
                 raise BlockingIOError
-            for entry in temporary.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            work = temporary / ".work"
+            if resume is None or not work.is_file() or work.read_text(encoding="utf-8") != resume:
+                for entry in temporary.iterdir():
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                if resume is not None:
+                    work.write_text(resume, encoding="utf-8")
         except (BlockingIOError, FileNotFoundError):
             raise PrunePathError(f"Expected to be alone in writing {out}, but another process does as well.") from None
         except OSError as error:
             raise PrunePathError(f"Expected a place where the folder {out} can be written, but: {error}.") from error
         try:
             yield temporary
+            work.unlink(missing_ok=True)
             os.replace(temporary, out)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if resume is None:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
@@ -557,9 +564,18 @@ def load(name: str | os.PathLike, *, dtype: Any = "auto", device: Any = None) ->
             f"Expected {name} to hold every weight of its {type(model).__name__} in its right shape, but "
             f"{len(damaged)} are missing or of another shape, {damaged[0]} among them."
         )
-    with _loading(name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    tokenizer = load_tokenizer(name)
     return (model if device is None else model.to(device)), tokenizer
+
+
+def load_tokenizer(name: str | os.PathLike) -> Any:
+    """The tokenizer of a local folder or a hub name, as `load` loads it."""
+    import transformers
+
+    if Path(name).exists():
+        read_model_config(Path(name))
+    with _loading(name):
+        return transformers.AutoTokenizer.from_pretrained(name)
 
 
 @contextlib.contextmanager

@@ -159,7 +159,7 @@ class Search:
         lowest = lowest or [SMALLEST_THRESHOLD] * len(self.ffns)
         budget, wanted = self.mean(fractions), fractions
         for _ in range(_CORRECTIONS):
-            fits = [_FitFraction(f, low) for f, low in zip(wanted, lowest, strict=True)]
+            fits = [FitFraction(f, low) for f, low in zip(wanted, lowest, strict=True)]
             with observing_inputs(dict(zip(self.ffns, fits, strict=True))):
                 sample.encode()
             device = fits[0].outcome.device
@@ -255,7 +255,7 @@ class Search:
         return best
 
 
-class _FitFraction:
+class FitFraction:
     """An `observe_input` hook that gives the FFN the threshold at which `fraction` of its experts are active.
 
     The threshold is raised to `lowest` if need be. The host does not wait for it: the FFN runs at it before

@@ -1,0 +1,408 @@
+"""Converting a checkpoint that does not fit into memory: one layer of it after another, from file to file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from prunepath.config import PrunePathConfig
+from prunepath.convert.adapters import find_ffns
+from prunepath.convert.batches import Batch, backbone_inputs, count_tokens, first_tokens, sample_batches, split_held_out
+from prunepath.convert.experts import ExpertGrouping
+from prunepath.convert.partition import check_num_experts
+from prunepath.convert.tensor_file import NewTensor, TensorFile, write_tensor_file
+from prunepath.errors import CheckpointError, PrunePathError
+from prunepath.modeling import SparseDescription, check_output_folder, install, read_model_config, whole_folder
+from prunepath.nn import SparseFFN
+from prunepath.nn.observers import observing_inputs
+from prunepath.packing import INDEX, open_shards
+from prunepath.train.calibration import BUDGETS, FitFraction
+from prunepath.train.router import RouterQuality, RouterTraining, contributions
+
+_METADATA = {"format": "pt"}
+
+
+def convert_streaming(
+    folder: str | os.PathLike,
+    out: str | os.PathLike,
+    tokenizer: Any | None,
+    texts: Iterable,
+    config: PrunePathConfig | None = None,
+    *,
+    progress: bool = False,
+) -> None:
+    """Makes a sparse checkpoint from a dense one of any size, as `prunepath.convert` and `save` would.
+
+    All calibration tokens go through one layer before the next is read. In memory at a time: a layer, what grouping its
+    neurons takes, and the tokens' hidden states: `router_tokens` of them, and `calibration_tokens` for each of the 13
+    budgets. Two things differ from `convert`: each budget gives all FFNs the same active fraction, and whether to
+    centre is decided on the first FFN.
+
+    A run that was stopped goes on after the last layer it finished, when it is started again with the same arguments;
+    until then its work lies beside `out`, in `.OUT.partial`. The result is the same.
+
+    Args:
+        folder: a local dense checkpoint of a decoder in safetensors, in one shard or several, all in one dtype.
+        out: a folder that is new or empty; it appears whole at the end.
+        tokenizer, texts: as for `prunepath.convert`; strings or token ids.
+        config: as for `prunepath.convert`, with `contribution="output"`.
+        progress: show a progress bar.
+
+    Raises:
+        PrunePathError: no such checkpoint, one that cannot be converted this way, or a place that cannot be written.
+    """
+    folder, config = Path(folder), config or PrunePathConfig()
+    check_output_folder(out)
+    if config.contribution != "output":
+        raise PrunePathError("Expected contribution='output' for converting layer by layer, since it measures no loss.")
+    entries = read_model_config(folder)
+    if entries.get("quantization_config") is not None:
+        raise PrunePathError(f"Expected a dense checkpoint without quantization, but {folder} has one.")
+    stream = _Stream(folder, config)
+    wanted = config.calibration_tokens + max(config.router_tokens, config.partition_tokens)
+    batches = sample_batches(stream.model, texts, tokenizer, config.sequence_length, wanted, config.seed)
+    with whole_folder(out, resume=_work(folder, config, batches)) as new:
+        try:
+            stream.convert(new, batches, progress)
+            stream.finish(new)
+        except OSError as error:
+            raise PrunePathError(
+                f"Expected to write {out}, but: {error.strerror or error}; the same command goes on from there."
+            ) from error
+
+
+def _work(folder: Path, config: PrunePathConfig, batches: Sequence[Batch]) -> str:
+    """What has to be equal for a later run to go on."""
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config)).encode())
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".json"):
+            digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    for batch in batches:
+        digest.update(batch["input_ids"].numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Stream:
+    """A checkpoint's model, of which the layer that is worked on has weights, and what is outside of layers mapped."""
+
+    def __init__(self, folder: Path, config: PrunePathConfig) -> None:
+        import transformers
+
+        self.folder, self.config = folder, config
+        self.model_config = transformers.AutoConfig.from_pretrained(folder)
+        self.files = open_shards(folder)
+        self.where = {name: file for file in self.files for name in file.entries}
+        with _without_weights():
+            self.model = transformers.AutoModelForCausalLM.from_config(self.model_config).eval()
+        self.dtype = self.model_config.dtype or torch.float32
+        for site in find_ffns(self.model):
+            check_num_experts(site.intermediate_size, config.num_experts)
+        self.description = SparseDescription(config, config.center is not False, [], [], {}, {})
+        self.ffns = install(self.model, self.description)
+        self.description.ffns, self.description.thresholds = list(self.ffns), [1.0] * len(self.ffns)
+        self.prefix, self.layers = self._find_layers()
+        self._place_the_rest()
+
+    def _find_layers(self) -> tuple[str, nn.ModuleList]:
+        lists = {path: module for path, module in self.model.named_modules() if isinstance(module, nn.ModuleList)}
+        for path, layers in lists.items():
+            if [f.split(".")[: path.count(".") + 2] for f in self.ffns] == [
+                [*path.split("."), str(i)] for i in range(len(layers))
+            ]:
+                return path, layers
+        raise PrunePathError(
+            f"Expected a decoder with one FFN a layer to convert layer by layer, got {type(self.model).__name__}."
+        )
+
+    def _place_the_rest(self) -> None:
+        """Puts the backbone's weights outside of layers on the map: of the embeddings, few rows will be read."""
+        backbone = self.model.base_model
+        base = next(path for path, module in self.model.named_modules() if module is backbone)
+        for name, parameter in list(backbone.named_parameters()):
+            full = f"{base}.{name}" if base else name
+            if not full.startswith(f"{self.prefix}."):
+                owner, _, leaf = name.rpartition(".")
+                tensor = self._tensor(full, parameter.shape)
+                backbone.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def _tensor(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        if name not in self.where:
+            raise CheckpointError(f"Expected {self.folder} to hold {name}, but none of its shards does.")
+        tensor = self.where[name].tensor(name)
+        if tuple(tensor.shape) != tuple(shape):
+            raise CheckpointError(
+                f"Expected {name} of shape {list(shape)} in {self.where[name].path}, got {list(tensor.shape)}."
+            )
+        if tensor.dtype != self.dtype:
+            raise CheckpointError(
+                f"Expected {name} in {self.where[name].path} to be {self.dtype} like its model, got {tensor.dtype}."
+            )
+        return tensor
+
+    @torch.no_grad()
+    def convert(self, new: Path, batches: Sequence[Batch], progress: bool) -> None:
+        config = self.config
+        share = config.calibration_tokens / (
+            config.calibration_tokens + max(config.router_tokens, config.partition_tokens)
+        )
+        held_out, training = split_held_out(batches, round(sum(map(count_tokens, batches)) * share))
+        training = list(first_tokens(training, max(config.router_tokens, config.partition_tokens)))
+        tokens = _Tokens(self, training)
+        calibrated = {budget: _Tokens(self, held_out) for budget in (1.0, *BUDGETS)}
+        self.thresholds: list[dict[str, float]] = []
+        self.routers: list[dict[str, float]] = []
+        precision = contextlib.nullcontext()
+        if config.autocast != "none":
+            precision = torch.autocast("cpu", getattr(torch, config.autocast))
+        with precision:
+            for index, ffn in enumerate(tqdm(self.ffns.values(), desc="Layers", disable=not progress)):
+                done = new / f"done-{index}.json"
+                if done.is_file():
+                    found = json.loads(done.read_text(encoding="utf-8"))
+                    self._set_centered(found["centered"])
+                    self._load(index, TensorFile(new / self._shard(index)), converted=True)
+                    tokens.advance(index)
+                    self._calibrate(index, ffn, calibrated, found["thresholds"])
+                else:
+                    self._load(index, None, converted=False)
+                    self._group_and_train(index, ffn, tokens)
+                    found = {"centered": self.description.centered}
+                    found |= self._calibrate(index, ffn, calibrated, None)
+                    self._write(new / self._shard(index), self._layer_tensors(index))
+                    _write_text(done, json.dumps(found))
+                self.thresholds.append(found["thresholds"])
+                self.routers.append(found["router"])
+                self._release(index)
+
+    def _set_centered(self, centered: bool) -> None:
+        if self.description.centered and not centered:
+            self.description.centered = False
+            for ffn in self.ffns.values():
+                ffn.center = None
+
+    def _load(self, index: int, file: TensorFile | None, *, converted: bool) -> None:
+        """Gives a layer weights: of the dense checkpoint with empty routers, or those that were written before."""
+        layer, ffn = self.layers[index], list(self.ffns.values())[index]
+        added = {id(parameter) for parameter in ffn.router.parameters()}
+        for name, parameter in list(layer.named_parameters()):
+            full = f"{self.prefix}.{index}.{name}"
+            owner, _, leaf = name.rpartition(".")
+            if converted:
+                tensor = file.tensor(full).clone()
+            elif id(parameter) in added:
+                tensor = torch.zeros(parameter.shape, dtype=self.dtype)
+            else:
+                tensor = self._tensor(full, parameter.shape).clone()
+            layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        if ffn.center is not None:
+            path = f"{list(self.ffns)[index]}.center"
+            ffn.center = file.tensor(path).clone() if converted else torch.zeros(ffn.center.shape, dtype=self.dtype)
+        ffn.threshold = 1.0
+
+    def _release(self, index: int) -> None:
+        self.layers[index].to("meta")
+        for file in self.files:
+            file.release()
+
+    def _group_and_train(self, index: int, ffn: SparseFFN, tokens: _Tokens) -> None:
+        config = self.config
+        grouping = ExpertGrouping(config)
+        with observing_inputs({ffn: grouping.observe}):
+            tokens.run_merged(index, config.partition_tokens)
+        if index == 0 and config.center is None:
+            self._set_centered(grouping.centering_helps)
+        statistics = grouping.inputs[ffn]
+        training = RouterTraining(ffn, statistics.mean, statistics.std, config)
+        wanted = len(list(first_tokens(tokens.batches, config.router_tokens)))
+
+        def observe(ffn: SparseFFN, x: torch.Tensor) -> None:
+            if tokens.position < wanted:
+                training.schedule(tokens.position / wanted)
+                training.observe(ffn, x)
+
+        with observing_inputs({ffn: observe}):
+            tokens.advance(index)
+        training.finish()
+
+    def _calibrate(
+        self, index: int, ffn: SparseFFN, calibrated: dict[float, _Tokens], thresholds: dict[str, float] | None
+    ) -> dict:
+        """Sends the held-out tokens of each budget on, through the layer at the threshold that obtains it."""
+        found: dict[str, float] = {}
+        qualities: list[RouterQuality] = []
+
+        def measure(ffn: SparseFFN, x: torch.Tensor) -> None:
+            qualities.append(RouterQuality.of(ffn.router(x), contributions(ffn, x)))
+
+        ffn.threshold = 1.0
+        with observing_inputs({ffn: measure} if thresholds is None else {}):
+            calibrated[1.0].advance_merged(index)
+        lowest = None
+        for budget in BUDGETS:
+            fit = FitFraction(budget) if lowest is None else FitFraction(budget, lowest)
+            if thresholds is not None:
+                ffn.threshold = thresholds[f"{budget:g}"]
+            with observing_inputs({ffn: fit} if thresholds is None else {}):
+                calibrated[budget].advance_merged(index)
+            found[f"{budget:g}"] = lowest = ffn.threshold
+        ffn.threshold = 1.0
+        return {"thresholds": found, "router": dataclasses.asdict(qualities[0]) if qualities else None}
+
+    def _shard(self, index: int) -> str:
+        return f"model-{index + 1:05d}-of-{len(self.layers) + 1:05d}.safetensors"
+
+    def _layer_tensors(self, index: int) -> dict[str, NewTensor]:
+        tensors = self.layers[index].state_dict(prefix=f"{self.prefix}.{index}.")
+        return {n: NewTensor.computed(t.dtype, t.shape, lambda t=t: t) for n, t in tensors.items()}
+
+    def _write(self, path: Path, tensors: dict[str, NewTensor]) -> None:
+        partial = path.with_suffix(".partial")
+        write_tensor_file(partial, tensors, _METADATA)
+        os.replace(partial, path)
+
+    def finish(self, new: Path) -> None:
+        """Writes all that is not in layers, and makes the shards a checkpoint."""
+        shards = {self._shard(i): TensorFile(new / self._shard(i)) for i in range(len(self.layers))}
+        layers = tuple(f"{self.prefix}.{i}." for i in range(len(self.layers)))
+        rest = {n: NewTensor.copied(f, n) for n, f in self.where.items() if not n.startswith(layers)}
+        last = self._shard(len(self.layers))
+        self._write(new / last, rest)
+        shards[last] = TensorFile(new / last)
+        weight_map = {name: shard for shard, file in shards.items() for name in file.entries}
+        size = sum(e.end - e.begin for file in shards.values() for e in file.entries.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        _write_text(new / INDEX, json.dumps(index, indent=2) + "\n")
+        for entry in self.folder.iterdir():
+            copied = entry.suffix in (".json", ".model", ".txt", ".jinja") and entry.name not in ("config.json", INDEX)
+            if copied and entry.is_file() and not entry.name.startswith("."):
+                shutil.copyfile(entry, new / entry.name)
+        description = self.description
+        description.budgets = {b: [found[f"{b:g}"] for found in self.thresholds] for b in BUDGETS}
+        description.calibration = {
+            "shapes": {f"{budget:g}": "per_layer" for budget in BUDGETS},
+            "losses": {},
+            "routers": self.routers,
+        }
+        config = self.model_config.to_dict() | {"quantization_config": description.to_dict()}
+        config["dtype"] = str(self.dtype).removeprefix("torch.")
+        config["architectures"] = [type(self.model).__name__]
+        _write_text(new / "config.json", json.dumps(config, indent=2) + "\n")
+        for done in new.glob("done-*.json"):
+            done.unlink()
+
+
+class _Tokens:
+    """The hidden states of calibration batches on their way through the layers.
+
+    Attributes:
+        batches: the batches.
+        position: which of them is running.
+    """
+
+    def __init__(self, stream: _Stream, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+        self.position = 0
+        self._stream = stream
+        self._hidden = [_record(stream, batch)[0][0] for batch in batches]
+        self._arguments: dict[tuple[int, int], list[tuple[tuple, dict]]] = {}
+
+    def advance(self, index: int) -> None:
+        """Takes all of them through a layer, batch by batch."""
+        for position, hidden in enumerate(self._hidden):
+            self.position = position
+            self._hidden[position] = self._run(index, hidden)
+
+    def advance_merged(self, index: int) -> None:
+        """Takes all of them through a layer in one call."""
+        self._hidden = list(self._run(index, torch.cat(self._hidden)).split([len(h) for h in self._hidden]))
+
+    def run_merged(self, index: int, num_tokens: int) -> None:
+        """Runs a layer on the first `num_tokens` tokens in one call."""
+        count = len(list(first_tokens(self.batches, num_tokens)))
+        self._run(index, torch.cat(self._hidden[:count]))
+
+    def _run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        shape = tuple(hidden.shape[:2])
+        if shape not in self._arguments:  # positions and masks depend on the shape alone
+            ids = torch.zeros(shape, dtype=torch.int64)
+            self._arguments[shape] = [call[1:] for call in _record(self._stream, {"input_ids": ids})]
+        args, kwargs = self._arguments[shape][index]
+        output = self._stream.layers[index](hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+class _Recorded(Exception):
+    pass
+
+
+class _Recorder(nn.Module):
+    """Stands for a layer, and notes what it was called with."""
+
+    def __init__(self, layer: nn.Module, calls: list, last: bool) -> None:
+        super().__init__()
+        self._layer, self._calls, self._last = (layer,), calls, last
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._calls.append((hidden_states, args, kwargs))
+        if self._last:
+            raise _Recorded
+        return hidden_states
+
+
+def _record(stream: _Stream, batch: Batch) -> list[tuple[torch.Tensor, tuple, dict]]:
+    """(hidden states, other arguments, keyword arguments) of each layer; the first has the right hidden states."""
+    calls: list = []
+    layers = list(stream.layers)
+    try:
+        for i, layer in enumerate(layers):
+            stream.layers[i] = _Recorder(layer, calls, i == len(layers) - 1)
+        with contextlib.suppress(_Recorded):
+            stream.model.base_model(**backbone_inputs(batch), use_cache=False)
+    finally:
+        for i, layer in enumerate(layers):
+            stream.layers[i] = layer
+    return calls
+
+
+@contextlib.contextmanager
+def _without_weights() -> Iterator[None]:
+    """Modules made inside the `with` block have parameters without data, and buffers with theirs."""
+    register = nn.Module.register_parameter
+
+    def register_without_data(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_without_data
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
