@@ -96,6 +96,17 @@ def test_shrink_shows_what_it_costs_and_writes_a_smaller_checkpoint(prunepath_co
     assert (tmp_path / "report.html").exists()
 
 
+def test_low_memory_converts_from_file_to_file(prunepath_command, refused, dense_folder, corpus, tmp_path):
+    options = "--num-experts 8 --sequence-length 32 --partition-tokens 256 --router-tokens 512 --calibration-tokens 256"
+    arguments = ("convert", dense_folder, tmp_path / "low", "--data", corpus, *options.split(), "--low-memory")
+    assert "--device" in refused(*arguments, "--device", "cuda")
+    result = prunepath_command(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "router KL" in result.stdout and "Wrote" in result.stdout
+    generated = prunepath_command("generate", tmp_path / "low", "Bird", "--budget", 0.3)
+    assert generated.exit_code == 0, generated.output
+
+
 def test_shrink_with_nothing_to_remove_writes_nothing(prunepath_command, sparse_folder, corpus, tmp_path):
     result = prunepath_command("shrink", sparse_folder, tmp_path / "small", "--data", corpus, "--rate", 0)
     assert result.exit_code == 2

@@ -104,8 +104,14 @@ def begin(out):
         os._exit(0)
     return child
 
+def wait_for_work(out):
+    while not (base / f".{out.name}.partial" / ".work").exists():
+        time.sleep(0.002)
+
+child = begin(base / "whole")
+wait_for_work(base / "whole")
 start = time.perf_counter()
-os.waitpid(begin(base / "whole"), 0)
+os.waitpid(child, 0)
 duration = time.perf_counter() - start
 draw = random.Random(0)
 outcomes = {"old": 0, "new": 0, "left": 0, "went on": 0}
@@ -118,7 +124,9 @@ for kill in range(kills):
     partial = base / ".out.partial"
     outcomes["went on"] += any(partial.glob("done-*.json"))
     child = begin(out)
-    time.sleep(draw.random() * 0.9 * duration)
+    if not partial.exists():
+        wait_for_work(out)
+    time.sleep(draw.random() * duration)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     outcomes["new" if out.exists() else "old"] += 1
