@@ -124,7 +124,7 @@ void run_tile(const FfnProblem& problem, int64_t begin, int64_t tokens, const Ti
       pairs += __builtin_popcountll(w.masks[e]);
     }
   }
-  const ActiveExperts active{w.experts, w.masks};
+  const ActiveExperts active{w.experts, w.masks, tokens};
   const int64_t neurons = num_active * layout.expert_width;
   const int64_t work = pairs * layout.expert_width * (layout.per_neuron + 1) * layout.hidden_size;
   const int64_t chunks = std::clamp<int64_t>(work / kMinMultiplyAddsPerChunk, 1, w.max_chunks);

@@ -35,6 +35,7 @@ struct FfnWeights {
 struct ActiveExperts {
   const int32_t* experts;
   const uint64_t* masks;  // by expert: bit t is set iff token t of the tile needs it
+  int64_t num_tokens;     // of the tile
 };
 
 struct FfnKernels {

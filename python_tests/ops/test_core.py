@@ -60,7 +60,7 @@ void portable_ffn(int64_t E, int64_t n, int64_t G, int64_t H, int dtype, const v
   for (int32_t e = 0; e < E; ++e) if (masks[e]) experts[count++] = e;
   const FfnWeights weights{{E, n, G, H}, static_cast<DType>(dtype), w_in, {G * H, H}, w_out, {}, {},
                            Activation::kSilu};
-  kFfnKernelsPortable.run_neurons(weights, {experts, masks}, x, H, 0, count * n, sum, partial);
+  kFfnKernelsPortable.run_neurons(weights, {experts, masks, 3}, x, H, 0, count * n, sum, partial);
 }
 }
 """
