@@ -71,7 +71,7 @@ struct FfnArgs {
   int32_t* union_list;    // [tiles, 1 + E]: how many experts the tile's tokens run, and which
   void* hidden;           // [T, hidden_stride] of the weights' dtype
   int64_t hidden_stride;
-  float* partial;  // sums of blocks or clusters, [.., tokens, H]
+  float* partial;  // sums of blocks, [.., tokens, H]
 };
 
 // Whether rows of weights and of x can be read 16 bytes at a time.
@@ -256,27 +256,32 @@ __device__ __forceinline__ void zero_counters(const FfnArgs& args) {
 
 #endif  // __CUDACC__
 
+// Lets blocks of the kernel ask for so much shared memory, where it is more than any kernel's 48
+// KB: for all that there is, since another thread may be launching it for other shapes.
+template <typename Kernel>
+void allow_shared(Kernel kernel, size_t bytes, int device) {
+  constexpr size_t kAlwaysAllowed = 48 << 10;
+  constexpr int kStatic = 4 << 10;  // that a kernel which asks has beside it at most
+  if (bytes > kAlwaysAllowed) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         max_shared(device) - kStatic);
+  }
+}
+
 // Launches a kernel that may overlap the end of the one before it (see wait_for_previous_kernel).
 template <typename... Parameters, typename... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
-            int cluster, int device_major, cudaStream_t stream, Arguments... arguments) {
+            int device_major, cudaStream_t stream, Arguments... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  if (device_major >= 9) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    if (cluster > 1) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-      attributes[config.numAttrs].val.clusterDim.x = cluster;
-      attributes[config.numAttrs].val.clusterDim.y = 1;
-      attributes[config.numAttrs++].val.clusterDim.z = 1;
-    }
-  }
-  config.attrs = attributes;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = device_major >= 9 ? 1 : 0;
   const cudaError_t status =
       cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   if (status != cudaSuccess) {

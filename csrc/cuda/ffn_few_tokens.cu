@@ -1,15 +1,10 @@
 // The FFN of up to four tokens at a time, on CUDA cores: any dtype, shape and stride.
 //
-// On Hopper one launch does all after the router's logits. A cluster of blocks takes a range of the
-// active neurons; each of its warps computes the activations of some of them and gives these to all
-// blocks of the cluster, each of which then adds up its share of the columns of W_down over the
-// whole range. The clusters' sums are added, in their order, by the last one to finish a share.
-// Older GPUs have no clusters: there blocks work alone, and a launch of its own adds up.
+// One launch does all after the router's logits: a block takes a range of the active neurons,
+// computes their activations, and then what they add to the output. The last blocks to finish add
+// up these sums, each those of some columns, in the order of the blocks.
 
 #include <algorithm>
-#include <map>
-#include <mutex>
-#include <tuple>
 
 #include "cuda/ffn.cuh"
 #include "cuda/select.cuh"
@@ -22,63 +17,25 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 // One block runs on each multiprocessor, and leaves registers for one of the next router's.
 constexpr int kThreadsWithRouter = kThreads + 64;
-constexpr int kMaxCluster = 8;
 constexpr int kRouterThreads = 128;
 // So much shared memory that a multiprocessor takes two blocks of the router at most: started while
 // the FFN before it ends, they would else all be put on the few that are idle.
 constexpr int kRouterShared = 100 << 10;
-// How many times the work a smaller cluster has to do at once to be preferred.
-constexpr double kWorthSmallerClusters = 1.15;
-// Of shared memory: for the dot products of a cluster's neurons, in one part and in several.
-constexpr int64_t kMaxHiddenBytes = 48 << 10;
-constexpr int64_t kMaxDotBytes = 112 << 10;
 constexpr int kPartVectors = 4 * kWarp;  // what a warp has under way
+// Of shared memory: for the dot products of a block's neurons, in one part and in several.
+constexpr int64_t kMaxHiddenBytes = 32 << 10;
+constexpr int64_t kMaxDotBytes = 64 << 10;
+constexpr int kReducedColumns = 4 * kWarp;  // that a block adds up at a time
+constexpr int kMaxReducers = 32;
 
-// How the launch is cut; see `plan`.
+// How the launch is cut; see `plan_ffn`.
 struct Plan {
-  int32_t cluster;    // blocks of a cluster: 1 without clusters
-  int32_t clusters;   // for each tile of tokens
-  int32_t per_block;  // chunks of columns for each block of a cluster
-  int32_t capacity;   // active neurons of a cluster at most
-  int32_t parts;      // of a neuron's rows of w_in, each by one warp
+  int32_t blocks;    // for each tile of tokens
+  int32_t capacity;  // active neurons of a block at most
+  int32_t parts;     // of a neuron's rows of w_in, each by one warp
   int32_t part_vectors;
-  bool reduces;  // in the same launch
+  int32_t reducers;  // blocks that add up at the end
 };
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-#if __CUDA_ARCH__ >= 900
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-#else
-  return 0;
-#endif
-}
-
-__device__ __forceinline__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#else
-  __syncthreads();
-#endif
-}
-
-__device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// Stores into the same place of another block's shared memory.
-__device__ __forceinline__ void store_in_block(float* place, uint32_t rank, float value) {
-#if __CUDA_ARCH__ >= 900
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(place));
-  asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-#else
-  *place = value;
-#endif
-}
 
 // logits[t][e] = W_r[e]·x[t]: a block for each expert and tile of tokens.
 template <typename W, int kVec, int kTokens>
@@ -135,7 +92,7 @@ __global__ void __launch_bounds__(kRouterThreads) router_kernel(const FfnArgs ar
 
 // A part of a neuron's rows of w_in: what a warp multiplies at a time.
 struct Part {
-  int neuron;  // its position among the cluster's
+  int neuron;  // its position among the block's
   int begin;   // vectors
   int end;
 };
@@ -276,8 +233,7 @@ __global__ void __launch_bounds__(kTokens == 1 ? kThreadsWithRouter : kThreads, 
   const int tokens = ::min(kTokens, args.num_tokens - first);
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  const int rank = cluster_rank();
-  const int cluster = blockIdx.x / plan.cluster;
+  const int chunks = (H + kColumns - 1) / kColumns;
 
   float* hidden = reinterpret_cast<float*>(shared);  // [capacity, kTokens]
   int32_t* neurons = reinterpret_cast<int32_t*>(hidden + plan.capacity * kTokens);  // [capacity]
@@ -287,7 +243,7 @@ __global__ void __launch_bounds__(kTokens == 1 ? kThreadsWithRouter : kThreads, 
       reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(mask + E) + 15) / 16 * 16);
   // In turn what selecting takes, the parts' dot products and the sums over the block's neurons.
   float* dots = reinterpret_cast<float*>(scratch);  // [capacity, parts, kGates, kTokens]
-  float* sums = reinterpret_cast<float*>(scratch);  // [sharers, per_block, kTokens, kColumns]
+  float* sums = reinterpret_cast<float*>(scratch);  // [sharers, chunks, kTokens, kColumns]
 
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -297,76 +253,59 @@ __global__ void __launch_bounds__(kTokens == 1 ? kThreadsWithRouter : kThreads, 
     select_tokens<kTokens>(args, first, tokens, blockIdx.x == 0, scratch, mask);
   }
   const int active = list_active_experts(mask, E, list) * n;
-  const int base = active / plan.clusters;
-  const int more = active % plan.clusters;  // clusters that have one neuron more
-  const int begin = cluster * base + ::min(cluster, more);
-  const int count = base + (cluster < more);
+  const int base = active / plan.blocks;
+  const int more = active % plan.blocks;  // blocks that have one neuron more
+  const int block = blockIdx.x;
+  const int begin = block * base + ::min(block, more);
+  const int count = base + (block < more);
   for (int j = threadIdx.x; j < count; j += kThreads) {
     neurons[j] = list[(begin + j) / n] * n + (begin + j) % n;
   }
-  // The others' shared memory may be written once they have started and selected.
   __syncthreads();
-  cluster_arrive();
-  cluster_wait();
 
-  multiply_parts<W, kVec, kTokens, kGates>(
-      args, plan, first, tokens, neurons, count, rank * kWarps + warp, plan.cluster * kWarps,
-      [&](int part, const float (&dot)[kGates][kTokens]) {
-        if (lane < plan.cluster) {
+  multiply_parts<W, kVec, kTokens, kGates>(args, plan, first, tokens, neurons, count, warp, kWarps,
+                                           [&](int part, const float (&dot)[kGates][kTokens]) {
+                                             if (lane == 0) {
 #pragma unroll
-          for (int g = 0; g < kGates; ++g) {
+                                               for (int g = 0; g < kGates; ++g) {
 #pragma unroll
-            for (int t = 0; t < kTokens; ++t) {
-              store_in_block(&dots[(part * kGates + g) * kTokens + t], lane, dot[g][t]);
-            }
-          }
-        }
-      });
-  cluster_arrive();
+                                                 for (int t = 0; t < kTokens; ++t) {
+                                                   dots[(part * kGates + g) * kTokens + t] =
+                                                       dot[g][t];
+                                                 }
+                                               }
+                                             }
+                                           });
 
-  // Warps share the block's chunks of columns, and the rows of a chunk where there are more warps
-  // than chunks.
-  const int chunks = (H + kColumns - 1) / kColumns;
-  const int chunk_begin = rank * plan.per_block;
-  const int chunk_end = ::min(chunk_begin + plan.per_block, chunks);
-  const int sharers = ::max(1, kWarps / plan.per_block);
+  // Warps share the chunks of columns, and the rows of a chunk where there are more warps than
+  // chunks. The first rows are under way before the activations are there.
+  const int sharers = ::max(1, kWarps / chunks);
   const int sharer = warp % sharers;
   const W* w_out = static_cast<const W*>(args.w_out);
-  const auto finish = [&]() {
-    cluster_wait();
-    for (int i = threadIdx.x; i < count * kTokens; i += kThreads) {
-      const int j = i / kTokens;
-      const int t = i % kTokens;
-      const bool chosen = mask[neurons[j] / n] >> t & 1;
-      hidden[i] = chosen ? activation_of<W, kTokens, kGates>(
-                               args, plan, neurons[j], dots + j * plan.parts * kGates * kTokens, t)
-                         : 0.0f;
-    }
-    __syncthreads();
-  };
-  bool waits = true;
-  for (int chunk = chunk_begin + warp / sharers; warp / sharers < plan.per_block;
-       chunk += kWarps / sharers) {
+  Vector<W, kVec> rows[kBatch];
+  const auto load = [&](int chunk, int j) {
     const int column = chunk * kColumns + lane * kVec;
-    const bool exists = chunk < chunk_end && column < H;
-    Vector<W, kVec> rows[kBatch];
-    const auto load = [&](int j) {
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (exists && j + b * sharers < count) {
-          rows[b] = load_expert<W, kVec>(
-              w_out + static_cast<int64_t>(neurons[j + b * sharers]) * H + column);
-        }
+    for (int b = 0; b < kBatch; ++b) {
+      if (chunk < chunks && column < H && j + b * sharers < count) {
+        rows[b] = load_expert<W, kVec>(w_out + static_cast<int64_t>(neurons[j + b * sharers]) * H +
+                                       column);
       }
-    };
-    load(sharer);
-    if (waits) {  // the first rows are under way before the activations are there
-      finish();
-      waits = false;
     }
-    if (chunk >= chunk_end) {
-      break;
-    }
+  };
+  load(warp / sharers, sharer);
+  __syncthreads();
+  for (int i = threadIdx.x; i < count * kTokens; i += kThreads) {
+    const int j = i / kTokens;
+    const int t = i % kTokens;
+    const bool chosen = mask[neurons[j] / n] >> t & 1;
+    hidden[i] = chosen ? activation_of<W, kTokens, kGates>(
+                             args, plan, neurons[j], dots + j * plan.parts * kGates * kTokens, t)
+                       : 0.0f;
+  }
+  __syncthreads();
+  for (int chunk = warp / sharers; chunk < chunks; chunk += kWarps / sharers) {
+    const bool exists = chunk * kColumns + lane * kVec < H;
     float acc[kTokens][kVec] = {};
     for (int j = sharer; j < count; j += kBatch * sharers) {
       Vector<W, kVec> current[kBatch];
@@ -374,7 +313,7 @@ __global__ void __launch_bounds__(kTokens == 1 ? kThreadsWithRouter : kThreads, 
       for (int b = 0; b < kBatch; ++b) {
         current[b] = rows[b];
       }
-      load(j + kBatch * sharers);
+      load(chunk, j + kBatch * sharers);
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         if (exists && j + b * sharers < count) {
@@ -389,222 +328,140 @@ __global__ void __launch_bounds__(kTokens == 1 ? kThreadsWithRouter : kThreads, 
         }
       }
     }
+    load(chunk + kWarps / sharers, sharer);
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      float* sum = sums +
-                   ((sharer * plan.per_block + chunk - chunk_begin) * kTokens + t) * kColumns +
-                   lane * kVec;
+      float* sum = sums + ((sharer * chunks + chunk) * kTokens + t) * kColumns + lane * kVec;
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         sum[i] = acc[t][i];
       }
     }
   }
-  if (waits) {
-    finish();
-  }
   __syncthreads();
 
-  const int columns = plan.per_block * kColumns;
-  const auto place = [&](int c, int t, int column) {
-    return args.partial +
-           ((static_cast<int64_t>(blockIdx.y) * plan.clusters + c) * kTokens + t) * H + column;
-  };
-  for (int i = threadIdx.x; i < tokens * columns; i += kThreads) {
-    const int t = i / columns;
-    const int local = i % columns;
-    const int column = chunk_begin * kColumns + local;
-    if (column < H) {
-      float sum = 0.0f;
+  float* partial = args.partial + static_cast<int64_t>(blockIdx.y) * plan.blocks * kTokens * H;
+  for (int t = 0; t < tokens; ++t) {
+    for (int column = threadIdx.x; column < H; column += kThreads) {
+      const float* sum = sums + (column / kColumns * kTokens + t) * kColumns + column % kColumns;
+      float total = 0.0f;
       for (int s = 0; s < sharers; ++s) {
-        sum += sums[((s * plan.per_block + local / kColumns) * kTokens + t) * kColumns +
-                    local % kColumns];
+        total += sum[s * chunks * kTokens * kColumns];
       }
-      *place(cluster, t, column) = sum;
+      partial[(static_cast<int64_t>(block) * kTokens + t) * H + column] = total;
     }
   }
-  if (!plan.reduces ||
-      !arrives_last(args.counters + blockIdx.y * kMaxCluster + rank, plan.clusters)) {
+
+  // The last to arrive wait for each other alone: all blocks before them have arrived.
+  const int column_blocks = (H + kReducedColumns - 1) / kReducedColumns;
+  const int reducers = plan.reducers;
+  uint32_t* arrived = args.counters + blockIdx.y;
+  __shared__ int turn;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    turn = static_cast<int>(add_release(arrived)) - (plan.blocks - reducers);
+    while (turn >= 0 && load_acquire(arrived) < static_cast<uint32_t>(plan.blocks)) {
+    }
+  }
+  __syncthreads();
+  if (turn < 0) {
     return;
   }
   W* y = static_cast<W*>(args.y);
-  for (int i = threadIdx.x; i < tokens * columns; i += kThreads) {
-    const int t = i / columns;
-    const int column = chunk_begin * kColumns + i % columns;
-    if (column < H) {
-      float sum = args.b_out.data == nullptr ? 0.0f : parameter_at<W>(args.b_out, column);
-#pragma unroll 16
-      for (int c = 0; c < plan.clusters; ++c) {
-        sum += __ldcg(place(c, t, column));
+  for (int column_block = turn; column_block < column_blocks; column_block += reducers) {
+    for (int t = 0; t < tokens; ++t) {
+      // A warp adds up every so manieth block's sums of all columns; then the warps' are added up.
+      constexpr int kHeld = 9;  // loads under way for each column: the blocks of a large GPU
+      float total[4] = {};
+      for (int from = warp; from < plan.blocks; from += kHeld * kWarps) {
+        float part[kHeld][4] = {};
+#pragma unroll
+        for (int u = 0; u < kHeld; ++u) {
+          const int from_block = from + u * kWarps;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int column = column_block * kReducedColumns + i * kWarp + lane;
+            if (from_block < plan.blocks && column < H) {
+              part[u][i] =
+                  __ldcg(partial + (static_cast<int64_t>(from_block) * kTokens + t) * H + column);
+            }
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < kHeld; ++u) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            total[i] += part[u][i];
+          }
+        }
       }
-      y[static_cast<int64_t>(first + t) * H + column] = from_float<W>(sum);
+      __syncthreads();  // the last columns' sums have been read
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sums[warp * kReducedColumns + i * kWarp + lane] = total[i];
+      }
+      __syncthreads();
+      const int column = column_block * kReducedColumns + static_cast<int>(threadIdx.x);
+      if (threadIdx.x < kReducedColumns && column < H) {
+        float sum = args.b_out.data == nullptr ? 0.0f : parameter_at<W>(args.b_out, column);
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          sum += sums[w * kReducedColumns + threadIdx.x];
+        }
+        y[static_cast<int64_t>(first + t) * H + column] = from_float<W>(sum);
+      }
     }
   }
 }
 
-// y = b_out + the blocks' sums, for GPUs without clusters.
-template <typename W, int kTokens>
-__global__ void __launch_bounds__(kThreads) reduce_kernel(const FfnArgs args, const Plan plan) {
-  const int H = args.hidden_size;
-  const int column = blockIdx.x * kThreads + threadIdx.x;
-  const int token = blockIdx.y;
-  wait_for_previous_kernel();
-  if (column < H) {
-    const int64_t tile = token / kTokens;
-    float sum = args.b_out.data == nullptr ? 0.0f : parameter_at<W>(args.b_out, column);
-#pragma unroll 8
-    for (int c = 0; c < plan.clusters; ++c) {
-      sum += __ldcg(args.partial + ((tile * plan.clusters + c) * kTokens + token % kTokens) * H +
-                    column);
-    }
-    static_cast<W*>(args.y)[static_cast<int64_t>(token) * H + column] = from_float<W>(sum);
-  }
-}
-
-// Clusters of this kernel that run at once on the device, with the registers and the shared memory
-// that it takes.
-template <typename Kernel>
-int active_clusters(Kernel kernel, int cluster, size_t shared, int device) {
-  if (cluster == 1) {
-    int blocks = 0;
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared);
-    return std::max(1, blocks) * sm_count(device);
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(cluster);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int clusters = 0;
-  cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-  return std::max(1, clusters);
-}
-
-// Blocks that the chunks of columns are dealt out to, `per_block` to each.
-Plan share_columns(int64_t hidden_size, int columns, int cluster) {
-  const int chunks = std::max<int>(1, static_cast<int>((hidden_size + columns - 1) / columns));
-  Plan plan{};
-  plan.per_block = (chunks + cluster - 1) / cluster;
-  plan.cluster = (chunks + plan.per_block - 1) / plan.per_block;
-  return plan;
-}
-
-// Clusters for each of `tiles` tiles: what the device runs at once, or as many more as it takes for
-// a cluster's activations to fit into shared memory.
-int clusters_of_tile(int available, int64_t tiles, int64_t neurons, int tokens) {
-  const int64_t fitting =
-      (neurons * tokens * static_cast<int64_t>(sizeof(float)) + kMaxHiddenBytes - 1) /
-      kMaxHiddenBytes;
-  return static_cast<int>(std::max<int64_t>({available / tiles, fitting, 1}));
-}
-
-// Raises what blocks of the kernel may ask for, which is 48 KB unless said. Never lowers it: other
-// shapes may be about to be launched.
-template <typename Kernel>
-void allow_shared(Kernel kernel, size_t shared) {
-  cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-      static_cast<size_t>(attributes.maxDynamicSharedSizeBytes) < shared) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(shared));
-  }
-}
-
-struct Launch {
-  Plan plan;
-  size_t shared;
-};
-
-// The launch's cut for these shapes; worked out once, since asking for the occupancy takes as long
-// as the FFN.
-template <typename W, int kVec, int kTokens, int kGates>
-Launch plan_ffn(const FfnArgs& args, int device) {
-  constexpr int kColumns = kWarp * kVec;
-  const auto kernel = ffn_kernel<W, kVec, kTokens, kGates>;
-  const int64_t neurons = static_cast<int64_t>(args.num_experts) * args.expert_width;
-  const int64_t tiles = (args.num_tokens + kTokens - 1) / kTokens;
-  const bool selects = args.expert_ids == nullptr;
-
-  using Key = std::tuple<int, int32_t, int32_t, int64_t, int64_t, bool>;
-  static std::map<Key, Launch> known;
-  static std::mutex mutex;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const Key key{device, args.hidden_size, args.num_experts, neurons, tiles, selects};
-  if (const auto found = known.find(key); found != known.end()) {
-    return found->second;
-  }
-  const int vectors = args.hidden_size / kVec;
-  const auto shared_of = [&](Plan& plan, int available) {
-    plan.clusters = clusters_of_tile(available, tiles, neurons, kTokens * kGates);
-    plan.capacity = static_cast<int32_t>((neurons + plan.clusters - 1) / plan.clusters);
-    // As many parts as a warp's loads under way make, if their dot products fit.
-    const int64_t part_bytes =
-        sizeof(float) * kTokens * kGates * std::max<int64_t>(plan.capacity, 1);
-    plan.parts = static_cast<int32_t>(std::clamp<int64_t>(
-        kMaxDotBytes / part_bytes, 1, (vectors + kPartVectors - 1) / kPartVectors));
-    plan.part_vectors = (vectors + plan.parts - 1) / plan.parts;
-    const size_t dots = static_cast<size_t>(plan.parts * part_bytes);
-    const size_t sums =
-        sizeof(float) * kTokens * kColumns * static_cast<size_t>(std::max(kWarps, plan.per_block));
-    const size_t scratch = std::max(
-        {sums, dots, selects ? select_scratch_size(kTokens, args.num_experts) : size_t{0}});
-    return sizeof(float) * (kTokens + 1) * static_cast<size_t>(plan.capacity) +
-           8 * static_cast<size_t>(args.num_experts) + 16 + scratch;
-  };
-  // Large clusters leave few sums to add up at the end, but do not use all multiprocessors, which
-  // are grouped in numbers that not every size divides.
-  Launch best{};
-  double best_share = 0.0;
-  const bool has_clusters = compute_major(device) >= 9;
-  for (int size = has_clusters ? kMaxCluster : 1; size >= 1; --size) {
-    Plan plan = share_columns(args.hidden_size, kColumns, size);
-    if (plan.cluster != size) {
-      continue;
-    }
-    plan.reduces = has_clusters;
-    size_t shared = shared_of(plan, sm_count(device) / size);
-    allow_shared(kernel, shared);
-    // One more cluster than runs at once would take as long as all the others together.
-    const int active =
-        std::min(sm_count(device) / size, active_clusters(kernel, size, shared, device));
-    shared = shared_of(plan, active);
-    const double chunks = static_cast<double>((args.hidden_size + kColumns - 1) / kColumns);
-    const double share = active * chunks / plan.per_block;
-    if (share > best_share * kWorthSmallerClusters) {
-      best_share = share;
-      best = {plan, shared};
-    }
-  }
-  allow_shared(kernel, best.shared);
-  return known[key] = best;
+// Blocks for each of `tiles` tiles: one for each multiprocessor, or as many as it takes for a
+// block's dot products to fit into shared memory.
+int64_t blocks_of_tile(int64_t available, int64_t tiles, int64_t neurons, int64_t dots) {
+  const int64_t bytes = neurons * dots * static_cast<int64_t>(sizeof(float));
+  return std::max<int64_t>({available / tiles, (bytes + kMaxHiddenBytes - 1) / kMaxHiddenBytes, 1});
 }
 
 template <typename W, int kVec, int kTokens, int kGates>
 void launch_ffn(const FfnArgs& args, int device, cudaStream_t stream) {
-  const auto [plan, shared] = plan_ffn<W, kVec, kTokens, kGates>(args, device);
-  const int major = compute_major(device);
-  const auto tiles = static_cast<unsigned>((args.num_tokens + kTokens - 1) / kTokens);
-  launch("ffn", ffn_kernel<W, kVec, kTokens, kGates>, dim3(plan.cluster * plan.clusters, tiles),
-         kThreads, shared, plan.cluster, major, stream, args, plan);
-  if (!plan.reduces) {
-    const dim3 grid((args.hidden_size + kThreads - 1) / kThreads, args.num_tokens);
-    launch("ffn", reduce_kernel<W, kTokens>, grid, kThreads, 0, 1, major, stream, args, plan);
-  }
+  const auto kernel = ffn_kernel<W, kVec, kTokens, kGates>;
+  const int64_t neurons = static_cast<int64_t>(args.num_experts) * args.expert_width;
+  const int64_t tiles = (args.num_tokens + kTokens - 1) / kTokens;
+  const int vectors = args.hidden_size / kVec;
+  const int chunks = (args.hidden_size + kWarp * kVec - 1) / (kWarp * kVec);
+  Plan plan;
+  plan.blocks =
+      static_cast<int32_t>(blocks_of_tile(sm_count(device), tiles, neurons, kTokens * kGates));
+  plan.capacity = static_cast<int32_t>((neurons + plan.blocks - 1) / plan.blocks);
+  // As many parts as a warp's loads under way make, if their dot products fit.
+  const int64_t part_bytes = sizeof(float) * kTokens * kGates * std::max(plan.capacity, 1);
+  plan.parts = static_cast<int32_t>(std::clamp<int64_t>(
+      kMaxDotBytes / part_bytes, 1, std::max(1, (vectors + kPartVectors - 1) / kPartVectors)));
+  plan.part_vectors = (vectors + plan.parts - 1) / plan.parts;
+  // Blocks may wait for each other where all of them run at once; else one block adds up alone.
+  const int column_blocks = (args.hidden_size + kReducedColumns - 1) / kReducedColumns;
+  plan.reducers = plan.blocks * tiles > sm_count(device)
+                      ? 1
+                      : std::clamp(std::min(column_blocks, plan.blocks / 4), 1, kMaxReducers);
+  const size_t sums = sizeof(float) * std::max(kTokens * kWarp * kVec * std::max(kWarps, chunks),
+                                               kWarps * kReducedColumns);
+  const size_t scratch = std::max(
+      {sums, static_cast<size_t>(plan.parts * part_bytes),
+       args.expert_ids == nullptr ? select_scratch_size(kTokens, args.num_experts) : size_t{0}});
+  const size_t shared = sizeof(float) * (kTokens + 1) * static_cast<size_t>(plan.capacity) +
+                        8 * static_cast<size_t>(args.num_experts) + 16 + scratch;
+  allow_shared(kernel, shared, device);
+  launch("ffn", kernel, dim3(plan.blocks, static_cast<unsigned>(tiles)), kThreads, shared,
+         compute_major(device), stream, args, plan);
 }
 
 template <typename W, int kVec, int kTokens>
 void launch_router_of(const FfnArgs& args, int device, cudaStream_t stream) {
-  cudaFuncSetAttribute(router_kernel<W, kVec, kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                       kRouterShared);
+  const size_t shared = compute_major(device) >= 9 ? kRouterShared : 0;
+  allow_shared(router_kernel<W, kVec, kTokens>, shared, device);
   const auto tiles = static_cast<unsigned>((args.num_tokens + kTokens - 1) / kTokens);
   launch("routed_ffn", router_kernel<W, kVec, kTokens>, dim3(args.num_experts, tiles),
-         kRouterThreads, compute_major(device) >= 9 ? kRouterShared : 0, 1, compute_major(device),
-         stream, args);
+         kRouterThreads, shared, compute_major(device), stream, args);
 }
 
 template <typename W>
@@ -656,15 +513,13 @@ void launch_few_tokens(const FfnArgs& args, ScalarType dtype, int device, cudaSt
   }
 }
 
-int64_t few_tokens_counters(int64_t tokens) {
-  return (tokens + kTileTokens - 1) / kTileTokens * kMaxCluster;
-}
+int64_t few_tokens_counters(int64_t tokens) { return (tokens + kTileTokens - 1) / kTileTokens; }
 
 int64_t few_tokens_partial_size(int64_t tokens, const ExpertLayout& layout, int device) {
   const int64_t tiles = (tokens + kTileTokens - 1) / kTileTokens;
-  const int64_t clusters = std::max<int64_t>(
-      sm_count(device), tiles * clusters_of_tile(0, tiles, num_neurons(layout), kTileTokens * 2));
-  return clusters * kTileTokens * layout.hidden_size;
+  const int64_t blocks = std::max<int64_t>(
+      sm_count(device), tiles * blocks_of_tile(0, tiles, num_neurons(layout), kTileTokens * 2));
+  return blocks * kTileTokens * layout.hidden_size;
 }
 
 }  // namespace prunepath

@@ -447,20 +447,19 @@ void launch_groups(FfnArgs args, int device, cudaStream_t stream) {
   if (selects) {
     args.logit_splits = kLogitSplits;
     launch("routed_ffn", router_kernel<W, kTokenGroups>,
-           dim3((E + kRows - 1) / kRows, kLogitSplits, tiles), kRouterThreads, 0, 1, major, stream,
+           dim3((E + kRows - 1) / kRows, kLogitSplits, tiles), kRouterThreads, 0, major, stream,
            args);
   }
   const size_t scratch = selects ? select_scratch_size(1, E) : 0;
   launch("ffn", gate_up_kernel<W, kTokenGroups, kGates>, dim3(blocks, tiles), kThreads,
-         8 * static_cast<size_t>(E) + 16 + scratch, 1, major, stream, args, counters);
+         8 * static_cast<size_t>(E) + 16 + scratch, major, stream, args, counters);
 
   const auto down = down_kernel<W, kTokenGroups>;
   const size_t shared =
       sizeof(float) * kWarps * kTokenGroups * 8 * kSliceColumns + 4 * static_cast<size_t>(E);
   cudaFuncSetAttribute(down, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   const int splits = std::clamp(blocks / slices, 1, kMaxSplits);
-  launch("ffn", down, dim3(slices, splits, tiles), kThreads, shared, 1, major, stream, args,
-         counters);
+  launch("ffn", down, dim3(slices, splits, tiles), kThreads, shared, major, stream, args, counters);
 }
 
 template <typename W>
@@ -490,7 +489,7 @@ void launch_many_tokens(const FfnArgs& args, ScalarType dtype, int device, cudaS
 
 bool suits_many_tokens(const FfnArgs& args, ScalarType dtype) {
   return dtype != ScalarType::Float && is_vectorised(args, 2) && args.hidden_size % kChunk == 0 &&
-         args.num_experts <= kMaxSelectExperts && args.num_tokens > 4;
+         args.num_experts <= kMaxSelectExperts && args.num_tokens > 1;
 }
 
 ManyTokensWorkspace many_tokens_workspace(int64_t tokens, const ExpertLayout& layout, int device) {
