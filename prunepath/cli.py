@@ -145,6 +145,7 @@ def convert(
         bool,
         typer.Option("--low-memory", help="Read one layer at a time, from file to file; a stopped run goes on."),
     ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -184,7 +185,10 @@ def convert(
         dense, tokenizer = _load(prunepath, model, dtype, device)
         if prunepath.is_sparse(dense):
             raise PrunePathError(f"Expected a dense model to convert, but {model} is a PrunePath checkpoint already.")
-        sparse = prunepath.convert(dense, tokenizer, texts, config, progress=True)
+        state = out.absolute().with_name(f".{out.name}.routers")
+        if not resume:
+            state.unlink(missing_ok=True)
+        sparse = prunepath.convert(dense, tokenizer, texts, config, progress=True, state=state)
         prunepath.save(sparse, tokenizer, out)
         _show_conversion(results, out, config)
 

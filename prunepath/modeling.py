@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from prunepath.convert.batches import (
     sample_batches,
     split_held_out,
 )
-from prunepath.convert.experts import ExpertGrouping
+from prunepath.convert.experts import ExpertGrouping, InputStatistics, reorder_neurons
 from prunepath.convert.partition import check_num_experts
 from prunepath.errors import CheckpointError, PrunePathError
 from prunepath.nn import SparseFFN
@@ -40,6 +41,7 @@ from prunepath.nn.thresholds import check_fraction, interpolate_thresholds
 from prunepath.train.calibration import Sample, fit_budgets, num_passes
 from prunepath.train.loss_metric import measure_loss_metric
 from prunepath.train.router import RouterTraining
+from prunepath.train.router_state import RouterState
 
 FORMAT_VERSION = 2
 QUANT_METHOD = "prunepath"
@@ -290,6 +292,7 @@ def convert(
     config: PrunePathConfig | None = None,
     *,
     progress: bool = False,
+    state: str | os.PathLike | None = None,
 ) -> nn.Module:
     """Makes a dense transformers model sparse, in place: experts, routers, thresholds.
 
@@ -303,13 +306,15 @@ def convert(
             batches as a data collator makes them, dicts of tensors with `input_ids` and, for a loss, `labels`.
         config: see `PrunePathConfig`.
         progress: show progress bars.
+        state: a file that router training is kept in twice a minute, and which is removed at the end. If it is there,
+            an interrupted conversion with the same dense model, data and configuration goes on from it.
 
     Returns:
         `model`.
 
     Raises:
-        PrunePathError: for a model without supported FFNs, `num_experts` that does not divide their width, or data
-            that is too short; the model is then unchanged.
+        PrunePathError: for a model without supported FFNs, `num_experts` that does not divide their width, data that
+            is too short, or the state of another conversion; the model is then unchanged.
     """
     config = config or PrunePathConfig()
     if is_sparse(model):
@@ -328,39 +333,84 @@ def convert(
     share = config.calibration_tokens / wanted
     calibration, training = split_held_out(batches, round(sum(map(count_tokens, batches)) * share))
 
-    centered = config.center is not False
+    kept = None if state is None else RouterState(state, _fingerprint(model, batches, config))
+    resumed = None if kept is None else kept.load(device)
+    centered = config.center is not False if resumed is None else resumed["centered"]
     description = SparseDescription(config, centered, [s.path for s in sites], [1.0] * len(sites), {}, {})
     was_training = model.training
     model.eval()
     ffns = install(model, description)
     backbone = model.base_model
     with converting(model, config), _bars(progress) as bar:
-        grouping = ExpertGrouping(config, bar("Grouping neurons", len(ffns)))
-        with observing_inputs({ffn: grouping.observe for ffn in ffns.values()}):
-            backbone(**backbone_inputs(merge(list(first_tokens(training, config.partition_tokens)))))
-        if config.center is None and not grouping.centering_helps:
-            description.centered = False
-            for ffn in ffns.values():
-                ffn.center = None
+        advance = bar("Grouping neurons", 100 * len(ffns))
+        if resumed is None:
+            grouping = ExpertGrouping(config, advance)
+            with observing_inputs({ffn: grouping.observe for ffn in ffns.values()}):
+                backbone(**backbone_inputs(merge(list(first_tokens(training, config.partition_tokens)))))
+            if config.center is None and not grouping.centering_helps:
+                description.centered = False
+                for ffn in ffns.values():
+                    ffn.center = None
+        else:
+            grouping = _regroup(config, ffns, resumed["ffns"])
+            advance(100 * len(ffns))
 
         if config.contribution == "loss":
             _measure_loss_metric(model, list(ffns.values()), first_tokens(training, config.partition_tokens))
         trainings = {ffn: RouterTraining(ffn, stats.mean, stats.std, config) for ffn, stats in grouping.inputs.items()}
         batches = list(first_tokens(training, config.router_tokens))
         advance = bar("Training routers", len(batches))
+        done = 0
+        if resumed is not None:
+            advance(done := resumed["batches"])
+            for path, ffn in ffns.items():
+                trainings[ffn].load_state_dict(resumed["ffns"][path]["router"])
         with observing_inputs({ffn: t.observe for ffn, t in trainings.items()}):
-            for i, batch in enumerate(batches):
+            for i in range(done, len(batches)):
                 for router in trainings.values():
                     router.schedule(i / len(batches))
-                backbone(**backbone_inputs(batch))
+                backbone(**backbone_inputs(batches[i]))
                 advance()
+                if kept is not None and kept.is_due():
+                    saved = {path: _router_state(ffn, grouping, trainings[ffn]) for path, ffn in ffns.items()}
+                    kept.save({"batches": i + 1, "centered": description.centered, "ffns": saved})
         for router in trainings.values():
             router.finish()
         fit_table(model, description, calibration, bar("Calibrating budgets", num_passes()))
     model.train(was_training)
     for ffn in ffns.values():
         ffn.pack()
+    if kept is not None:
+        kept.remove()
     return model
+
+
+def _fingerprint(model: nn.Module, batches: Sequence[Batch], config: PrunePathConfig) -> str:
+    """A hash of what a conversion's outcome depends on; of each FFN one row of weights stands for all."""
+    digest = hashlib.sha256(json.dumps([type(model).__name__, dataclasses.asdict(config)]).encode())
+    rows = [next(site.parent._modules[site.name].parameters()).detach().flatten()[:4096] for site in find_ffns(model)]
+    for tensor in (*rows, *(batch["input_ids"] for batch in batches)):
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _router_state(ffn: SparseFFN, grouping: ExpertGrouping, training: RouterTraining) -> dict[str, Any]:
+    statistics = grouping.inputs[ffn]
+    state = {"order": grouping.orders[ffn], "mean": statistics.mean, "std": statistics.std}
+    return {**state, "center": ffn.center, "router": training.state_dict()}
+
+
+def _regroup(config: PrunePathConfig, ffns: dict[str, SparseFFN], states: dict[str, dict[str, Any]]) -> ExpertGrouping:
+    """Groups the neurons as an interrupted conversion has."""
+    grouping = ExpertGrouping(config)
+    for path, ffn in ffns.items():
+        state = states[path]
+        reorder_neurons(ffn, state["order"])
+        if ffn.center is not None:
+            ffn.center.copy_(state["center"])
+        grouping.orders[ffn] = state["order"]
+        grouping.inputs[ffn] = InputStatistics(state["mean"], state["std"])
+    return grouping
 
 
 def calibrate(model: nn.Module, tokenizer: Any | None, texts: Iterable, *, progress: bool = False) -> None:
@@ -460,7 +510,7 @@ def _bars(enabled: bool) -> Iterator[Any]:
 
         def bar(description: str, total: int):
             line = stack.enter_context(tqdm(total=total, desc=description, disable=not enabled))
-            return lambda: line.update()
+            return lambda steps=1: line.update(steps)
 
         yield bar
 

@@ -32,12 +32,17 @@ class ExpertGrouping:
 
     Args:
         config: the partition method, the seed, and whether to centre.
-        progress: called with (FFNs done) after each FFN.
+        progress: called with the hundredths of an FFN's grouping that have been done since the last call.
+
+    Attributes:
+        orders: FFN -> which neuron each has become, int64 [D], as of `reorder_neurons`.
+        inputs: FFN -> statistics of its input.
     """
 
-    def __init__(self, config: PrunePathConfig, progress: Callable[[], None] | None = None) -> None:
+    def __init__(self, config: PrunePathConfig, progress: Callable[[int], None] | None = None) -> None:
         self.config = config
-        self.progress = progress
+        self.progress = progress or (lambda hundredths: None)
+        self.orders: dict[SparseFFN, torch.Tensor] = {}
         self.inputs: dict[SparseFFN, InputStatistics] = {}
         self._errors: list[tuple[float, float]] = []
 
@@ -57,6 +62,14 @@ class ExpertGrouping:
             self._group(ffn, x, hidden)
 
     def _group(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> None:
+        reported = 0
+
+        def report(done: int, total: int) -> None:
+            nonlocal reported
+            hundredths = 100 * done // max(1, total)
+            self.progress(hundredths - reported)
+            reported = hundredths
+
         order = partition_neurons(
             self.config.partition,
             ffn.num_experts,
@@ -64,16 +77,17 @@ class ExpertGrouping:
             profiles=hidden,
             weights=ffn.input_weights()[0].float(),
             seed=self.config.seed,
+            progress=report,
         ).to(x.device)
         hidden = hidden[:, order]
+        self.orders[ffn] = order
         reorder_neurons(ffn, order)
         if ffn.center is not None:
             ffn.center.copy_(hidden.mean(0))
             self._errors.append(skipping_errors(ffn, hidden[:_CENTERING_TOKENS]))
         values = x.float()
         self.inputs[ffn] = InputStatistics(values.mean(0), values.std(0, correction=0).clamp_(min=1e-6))
-        if self.progress is not None:
-            self.progress()
+        self.progress(100 - reported)
 
 
 def reorder_neurons(ffn: SparseFFN, order: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -102,6 +103,18 @@ class RouterTraining:
             self.optimizer.step()
             value = loss.detach()  # the host does not wait for it
             self._kl = value if self._kl is None else self._kl.lerp(value, 0.05)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a training that goes on later needs, beside what the constructor takes."""
+        state = {"weight": self.weight.detach(), "bias": self.bias.detach(), "optimizer": self.optimizer.state_dict()}
+        return state if self._kl is None else {**state, "kl": self._kl}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weight.copy_(state["weight"])
+        self.bias.copy_(state["bias"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._kl = state.get("kl")
 
     @torch.no_grad()
     def finish(self) -> None:

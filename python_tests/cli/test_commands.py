@@ -38,6 +38,16 @@ def test_convert_writes_a_checkpoint_that_loads_sparse_with_its_options(
     assert [entry.name for entry in out.parent.iterdir()] == ["out"]
 
 
+def test_a_conversion_goes_on_only_if_asked_to(prunepath_command, dense_folder, corpus, tmp_path):
+    out, state = tmp_path / "out", tmp_path / ".out.routers"
+    state.write_bytes(b"of another conversion")
+    result = prunepath_command("convert", dense_folder, out, "--data", corpus, *CONVERT, "--resume")
+    assert result.exit_code == 2 and "interrupted conversion" in result.output
+    result = prunepath_command("convert", dense_folder, out, "--data", corpus, *CONVERT)
+    assert result.exit_code == 0, result.output
+    assert {entry.name for entry in tmp_path.iterdir()} == {"dense", "out"}
+
+
 def test_every_field_of_the_configuration_is_an_option_with_its_default():
     from typer.main import get_command
 

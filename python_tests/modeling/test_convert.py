@@ -245,3 +245,23 @@ def test_few_tokens_are_enough_and_the_configuration_is_left_as_it_was(llama):
     assert after.pop("quantization_config")["thresholds"] == [1.0, 1.0]
     before.pop("quantization_config", None)
     assert after == before
+
+
+def test_grouping_reports_progress_within_an_ffn(dense, token_texts, small_config, monkeypatch):
+    """In hundredths, which add up to the number of FFNs whatever the partition."""
+    import prunepath.modeling
+
+    steps = []
+    grouping = prunepath.modeling.ExpertGrouping
+
+    def observed(config, advance):
+        return grouping(config, lambda hundredths: (steps.append(hundredths), advance(hundredths)))
+
+    monkeypatch.setattr(prunepath.modeling, "ExpertGrouping", observed)
+    for partition in ("coactivation", "random"):
+        steps.clear()
+        prunepath.convert(
+            copy.deepcopy(dense), None, token_texts, dataclasses.replace(small_config, partition=partition)
+        )
+        assert sum(steps) == 200 and min(steps) >= 0
+        assert len(steps) > 4 or partition == "random"
