@@ -285,8 +285,8 @@ def fused_kernel(
     tl.debug_barrier()  # the whole program's part before its arrival
     turn = tl.atomic_add(counters + PARTIALS, 1, sem="acq_rel") - (num_programs - num_reducers)
     if turn >= 0:
-        wait_for(counters + PARTIALS, num_programs)
-        num_parts = tl.cdiv(num_active, share)
+        arrived = wait_for(counters + PARTIALS, num_programs)
+        num_parts = tl.where(arrived < num_programs, 0, tl.cdiv(num_active, share))
         ROWS: tl.constexpr = 8192 // BLOCK_REDUCED
         row = tl.arange(0, ROWS)
         for block in range(turn, tl.cdiv(hidden_size, BLOCK_REDUCED), num_reducers):

@@ -21,11 +21,14 @@ NUM_COUNTERS = 4  # and from here on one for each block of output columns
 
 @triton.jit
 def wait_for(counter, value):
-    """Waits until a counter that other programs raise is at least `value`; then what they wrote before is seen."""
+    """Waits until a counter that other programs raise is at least `value`, and returns it.
+
+    What they wrote before is seen by loads that depend on the result; compilers move other loads to before the wait.
+    """
     seen = tl.load(counter, volatile=True)
     while seen < value:
         seen = tl.load(counter, volatile=True)
-    tl.atomic_add(counter, 0, sem="acquire")
+    return tl.atomic_add(counter, 0, sem="acquire")
 
 
 @triton.jit
@@ -233,5 +236,4 @@ def list_experts(
             tl.store(listed_words + position, word, mask=active)
             tl.debug_barrier()
             tl.atomic_xchg(counters + LISTED, tl.sum(active.to(tl.int32), axis=0) + 1, sem="release")
-    wait_for(counters + LISTED, 1)
-    return ticket, tl.load(counters + LISTED, cache_modifier=".cg") - 1
+    return ticket, wait_for(counters + LISTED, 1) - 1
