@@ -255,6 +255,8 @@ class _Stream:
                 ffn.threshold = thresholds[f"{budget:g}"]
             with observing_inputs({ffn: fit} if thresholds is None else {}):
                 calibrated[budget].advance_merged(index)
+            if thresholds is None:
+                ffn.threshold = fit.outcome[0].item()
             found[f"{budget:g}"] = lowest = ffn.threshold
         ffn.threshold = 1.0
         return {"thresholds": found, "router": dataclasses.asdict(qualities[0]) if qualities else None}
