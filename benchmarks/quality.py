@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --out quality                  # everything: data, dense models, methods, report
     python benchmarks/quality.py --out quality --stage cells --jobs 12 --time-limit 500   # go on where it stopped
+    python benchmarks/quality.py --tasks glue-sst2,squad,xsum           # through the `datasets` package
 
 Everything is kept under --out, and what is there is not computed again: `data/`, `dense/` (trained models), `cells/`
 (one JSON file for each task, method and seed) and `search/` (learning rates). `cells.json.xz` gathers the finished
@@ -34,7 +35,7 @@ sys.path += [str(path) for path in (ROOT, ROOT / "benchmarks") if str(path) not 
 import torch  # noqa: E402
 from baselines import METHODS, Method, Settings  # noqa: E402
 from quality_report import BOUNDS, write_report  # noqa: E402
-from tasks import TASKS, Task, build_task  # noqa: E402
+from tasks import HUB_TASKS, TASKS, Task, build_task  # noqa: E402
 from tasks.models import DEMO, train_dense  # noqa: E402
 from training import calibrate, evaluate, finetune, install  # noqa: E402
 
@@ -378,7 +379,7 @@ def describe_task(path: Path) -> dict:
 def gather(args: argparse.Namespace) -> None:
     """All cells, and what they were measured on, in one file."""
     cells = [json.loads(path.read_text()) for path in sorted((args.out / "cells").glob("*.json"))]
-    paths = {name: args.out / "data" / f"{name}.pt" for name in TASKS}
+    paths = {name: args.out / "data" / f"{name}.pt" for name in (*TASKS, *HUB_TASKS)}
     tasks = {name: describe_task(path) for name, path in paths.items() if path.exists()}
     import transformers
 
@@ -420,7 +421,7 @@ def main() -> None:
     parser.add_argument("--num-experts", type=int, default=128)
     parser.add_argument("--time-limit", type=float, help="seconds after which what is running is stopped")
     args = parser.parse_args()
-    for kind, chosen, known in (("task", args.tasks, TASKS), ("method", args.methods, METHODS)):
+    for kind, chosen, known in (("task", args.tasks, (*TASKS, *HUB_TASKS)), ("method", args.methods, METHODS)):
         for name in chosen:
             if name not in known:
                 parser.error(f"expected --{kind}s among {', '.join(known)}, got {name}.")

@@ -111,7 +111,7 @@ TASKS = ("lm-llama", "lm-opt", "instruct", "nlu", "nlg")
 
 def build_task(name: str, tokenizer, *, size: str) -> Task:
     """The task of this name; `size` is `small` or, for tests, `tiny`."""
-    from tasks import functions, language_model, nlu
+    from tasks import functions, hub, language_model, nlu
 
     makers = {
         "lm-llama": language_model.build,
@@ -119,6 +119,7 @@ def build_task(name: str, tokenizer, *, size: str) -> Task:
         "instruct": functions.build_instruct,
         "nlu": nlu.build,
         "nlg": functions.build_nlg,
+        **dict.fromkeys(hub.HUB_TASKS, hub.build),
     }
     return makers[name](name, tokenizer, tiny=size == "tiny")
 

@@ -95,7 +95,9 @@ def train_dense(task: Task, stream: torch.Tensor, vocab_size: int, end: int, *, 
     make = {"family": task.family, "vocab_size": vocab_size, "end": end, "tiny": tiny}
     model = new_model(**make).to(device)
     steps = _STEPS_TINY if tiny else _STEPS
-    pretraining, training = steps[task.name]
+    # Tasks of the hub are trained as the task made here for their model is.
+    alike = {"llama": "instruct", "bert": "nlu", "t5": "nlg"}.get(task.family, task.name)
+    pretraining, training = steps.get(task.name, steps[alike])
     rows, length = (8, 32) if tiny else (64, {"bert": 128, "t5": 160}.get(task.family, 256))
 
     def pretrain(model: nn.Module, kind: Callable, steps: int) -> None:

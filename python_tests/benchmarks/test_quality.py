@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,50 @@ def test_small_models_have_equal_ffns(family):
     model = new_model(family, 4096, 0, labels=16)
     assert {site.intermediate_size for site in find_ffns(model)} == {1024}
     assert 5e6 < sum(parameter.numel() for parameter in model.parameters()) < 12e6
+
+
+class _Rows(list):
+    def select(self, indices):
+        return _Rows(self[i] for i in indices)
+
+
+def _stand_in(name, config=None):
+    """What `datasets.load_dataset` returns: 80 rows to train on, with other splits' texts in none of them."""
+    makers = {
+        "glue": lambda text, i: {"sentence": text, "label": i % 2 if "hidden" not in text else -1},
+        "squad": lambda text, i: {"question": f"Which {i}?", "context": text, "answers": {"text": [f"the {i}", "x"]}},
+        "xsum": lambda text, i: {"document": text, "summary": f"It is {i}."},
+    }
+    assert (name, config) in (("glue", "sst2"), ("squad", None), ("xsum", None))
+    sizes = {"train": 80, "validation": 30, "test": 30}
+    return {
+        split: _Rows(makers[name](f"{'hidden' if split == 'test' else split} text {i} of {name}", i) for i in range(n))
+        for split, n in sizes.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["glue-sst2", "squad", "xsum"])
+def test_tasks_of_the_hub(monkeypatch, tokenizer, tmp_path, name):
+    datasets = types.ModuleType("datasets")
+    datasets.load_dataset = _stand_in
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    args = settings(tmp_path, tasks=[name], methods=["dense"])
+    quality.prepare_data(args)
+    task = quality.load_task(tmp_path, name, "cpu")
+    texts = {split: tokenizer.decode(rows["input_ids"][0].long()) for split, rows in task.splits.items()}
+    if name == "xsum":
+        assert "hidden" in texts["test"] and task.references[3] == "It is 3."
+    else:  # the answers of their test split are not public
+        assert "validation text" in texts["test"] and "train text" in texts["validation"]
+        assert not any("hidden" in text for text in texts.values())
+    if name == "squad":
+        row = task.splits["test"]
+        scored = row["labels"][3] != -100
+        assert tokenizer.decode(row["input_ids"][3][scored].long()) == "the 3" + tokenizer.eos_token
+        assert task.sizes[3] == len("the 3") + 1
+    quality.make_dense(args, name)
+    quality.run_cell(args, name, "dense", 0)
+    assert quality.cell_path(args, name, "dense", 0).exists()
 
 
 def settings(out: Path, **changes) -> argparse.Namespace:
