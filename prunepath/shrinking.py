@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from prunepath.config import SHRINK_CRITERIA
-from prunepath.convert.batches import Batch, count_tokens, sample_batches, split_held_out
+from prunepath.convert.batches import Batch, count_tokens, first_tokens, sample_batches, split_held_out
 from prunepath.errors import PrunePathError
 from prunepath.modeling import (
     Shrinking,
@@ -29,6 +29,8 @@ from prunepath.nn.observers import counting, observing_inputs
 from prunepath.nn.thresholds import check_fraction
 from prunepath.train.calibration import Search, num_passes
 
+MIN_TOKENS = 16384
+"""Tokens that candidates are measured on, if the data has them: rare experts need more than budgets do."""
 STEP = 0.05
 """The share of all experts by which one candidate is smaller than the one before."""
 SMALLEST = 0.4
@@ -103,11 +105,11 @@ class Plan:
             raise PrunePathError("Expected a model that has all of its experts, got one that was shrunk already.")
         self.fold = description.centered if fold is None else fold
         self._ffns = list(sparse_ffns(model).values())
-        wanted = 2 * config.calibration_tokens
-        self.batches = sample_batches(model, texts, tokenizer, config.sequence_length, wanted, config.seed)
-        if "labels" not in self.batches[0]:
+        wanted = max(MIN_TOKENS, 2 * config.calibration_tokens)
+        batches = sample_batches(model, texts, tokenizer, config.sequence_length, wanted, config.seed)
+        if "labels" not in batches[0]:
             raise PrunePathError(f"Expected a model with a loss to shrink by it, got {type(model).__name__}.")
-        self._fit, self._choose = split_held_out(self.batches, sum(map(count_tokens, self.batches)) // 2)
+        self._fit, self._choose = split_held_out(batches, sum(map(count_tokens, batches)) // 2)
         self._biases = [ffn.router.bias.detach().clone() for ffn in self._ffns]
         self._means: list[torch.Tensor] = []
         thresholds = [ffn.threshold for ffn in self._ffns]
@@ -168,7 +170,8 @@ class Plan:
             converting(model, description.config),
             tqdm(total=num_passes(), desc="Calibrating budgets", disable=not progress) as bar,
         ):
-            fit_table(model, description, self.batches, bar.update)
+            batches = list(first_tokens(self._choose, description.config.calibration_tokens))
+            fit_table(model, description, batches, bar.update)
         model.train(was_training)
         for ffn in self._ffns:
             ffn.pack()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -212,6 +213,7 @@ class _Stream:
 
     def _release(self, index: int) -> None:
         self.layers[index].to("meta")
+        gc.collect()  # optimisers are in reference cycles, and hold memory until then
         for file in self.files:
             file.release()
 

@@ -169,3 +169,54 @@ def test_what_cannot_be_shrunk_is_refused(make_model, token_texts, small_config)
     plan.apply(plan.candidates[4])
     with pytest.raises(prunepath.PrunePathError, match="shrunk already"):
         Plan(model, None, token_texts, 0.4)
+
+
+KILLED = """
+import os, random, signal, sys, time, torch, prunepath
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from prunepath.shrinking import Plan
+torch.set_num_threads(1)
+base, kills, texts = Path(sys.argv[1]), int(sys.argv[2]), torch.load(sys.argv[3])
+plan = Plan(AutoModelForCausalLM.from_pretrained(base / "sparse"), None, texts, 0.4)
+
+def begin(out):
+    child = os.fork()
+    if child == 0:
+        plan.apply(plan.candidates[6])
+        prunepath.save(plan.model, None, out)
+        os._exit(0)
+    return child
+
+out = base / "out"
+start = time.perf_counter()
+os.waitpid(begin(base / "whole"), 0)
+duration = time.perf_counter() - start
+draw, outcomes = random.Random(0), {"old": 0, "new": 0}
+for kill in range(kills):
+    if out.exists():
+        for entry in out.iterdir():
+            entry.unlink()
+        out.rmdir()
+    child = begin(out)
+    time.sleep((0.75 + 0.4 * draw.random()) * duration)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    outcomes["new" if out.exists() else "old"] += 1
+    if out.exists():
+        for entry in (base / "whole").iterdir():
+            assert (out / entry.name).read_bytes() == entry.read_bytes(), entry
+os.waitpid(begin(out), 0) if not out.exists() else None
+print(outcomes, [path.name for path in base.iterdir() if "partial" in path.name])
+"""
+
+
+def test_killing_it_leaves_nothing_or_all_of_it(make_model, token_texts, small_config, tmp_path):
+    prunepath.save(converted(make_model, "llama", token_texts, small_config), None, tmp_path / "sparse")
+    torch.save(token_texts, tmp_path / "texts")
+    command = [sys.executable, "-c", KILLED, tmp_path, "6", tmp_path / "texts"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
+    outcomes, left = result.stdout.partition("}")[::2]
+    assert min(json.loads((outcomes + "}").replace("'", '"')).values()) > 0
+    assert left.strip() == "[]", "a later run removes what a killed one left"
