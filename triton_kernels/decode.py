@@ -180,6 +180,7 @@ def fused_kernel(
     BLOCK_NEURONS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_REDUCED: tl.constexpr,
+    ALIGNED: tl.constexpr,  # rows of w_in and w_out to 16 bytes, H to 16 elements
     STAGES: tl.constexpr,
 ):
     """One program holds whole rows: BLOCK_HIDDEN is at least H, BLOCK_NEURONS at most n, and TOKENS is T."""
@@ -259,10 +260,14 @@ def fused_kernel(
         neuron = (expert * expert_width + k % expert_width).to(tl.int64)
         mask = valid[:, None] & inside[None, :]
         in_row = w_in + neuron[:, None] * in_neuron_stride + column[None, :]
+        out_row = w_out + neuron[:, None] * hidden_size + column[None, :]
+        if ALIGNED:  # which Triton 3.9 does not find out by itself
+            mask = tl.max_constancy(mask, [1, 16])
+            in_row = tl.multiple_of(tl.max_contiguous(in_row, [1, BLOCK_HIDDEN]), [1, 16])
+            out_row = tl.multiple_of(tl.max_contiguous(out_row, [1, BLOCK_HIDDEN]), [1, 16])
         first = tl.load(in_row, mask=mask, other=0.0, eviction_policy="evict_first")
         if GATED:
             second = tl.load(in_row + in_inner_stride, mask=mask, other=0.0, eviction_policy="evict_first")
-        out_row = w_out + neuron[:, None] * hidden_size + column[None, :]
         down = tl.load(out_row, mask=mask, other=0.0, eviction_policy="evict_first")
 
         new = ()

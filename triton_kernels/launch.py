@@ -150,6 +150,7 @@ class _Fused:
             BLOCK_NEURONS=min(self.config.neurons, 1 << (max(1, width).bit_length() - 1)),
             BLOCK_HIDDEN=configs.block_hidden(shape_of(w_in)),
             BLOCK_REDUCED=min(_REDUCED_COLUMNS, configs.block_hidden(shape_of(w_in))),
+            ALIGNED=_is_aligned(w_in, w_out),
             STAGES=self.config.stages,
             num_warps=self.config.warps,
         )
@@ -329,6 +330,12 @@ def _selection(plan: _Fused | _Split, router: Router | None, expert_ids: Tensor 
 
 def _limits(router: Router | None, expert_ids: Tensor | None) -> tuple[int, int]:
     return (0, expert_ids.shape[1]) if router is None else (router.min_experts, router.max_experts)
+
+
+def _is_aligned(w_in: Tensor, w_out: Tensor) -> bool:
+    """Whether rows can be loaded 16 bytes at a time."""
+    addresses = (w_in.data_ptr(), w_out.data_ptr(), *(stride * w_in.itemsize for stride in in_strides(w_in)))
+    return w_in.shape[3] % 16 == 0 and all(address % 16 == 0 for address in addresses)
 
 
 def _num_selectors(num_tokens: int, programs: int) -> int:
