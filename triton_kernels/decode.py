@@ -44,7 +44,6 @@ def router_kernel(
     BLOCK_HIDDEN: tl.constexpr,
 ):
     program = tl.program_id(0)
-    _fill_zeros(zeros, zeros_size, program, tl.num_programs(0), 128)
     expert = program * BLOCK_EXPERTS + tl.arange(0, BLOCK_EXPERTS)
     exists = expert < num_experts
     row = weight + expert.to(tl.int64)[:, None] * hidden_size
@@ -65,6 +64,7 @@ def router_kernel(
         if bias is not None:
             z += to_float(tl.load(bias + expert, mask=exists, other=0.0))
         tl.store(logits + token * num_experts + expert, z, mask=exists)
+    _fill_zeros(zeros, zeros_size, program, tl.num_programs(0), 128)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_experts", "zeros_size"])
@@ -87,8 +87,6 @@ def router_dot_kernel(
 ):
     """Grid: blocks of experts, SPLITS, blocks of tokens."""
     split = tl.program_id(1)
-    program = tl.program_id(0) + tl.num_programs(0) * (split + SPLITS * tl.program_id(2))
-    _fill_zeros(zeros, zeros_size, program, tl.num_programs(0) * SPLITS * tl.num_programs(2), 128)
     expert = tl.program_id(0) * BLOCK_EXPERTS + tl.arange(0, BLOCK_EXPERTS)
     exists = expert < num_experts
     token = tl.program_id(2).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -109,6 +107,8 @@ def router_dot_kernel(
             z += to_float(tl.load(bias + expert, mask=exists, other=0.0))[None, :]
     out = logits + (split * num_tokens.to(tl.int64) + token)[:, None] * num_experts + expert[None, :]
     tl.store(out, z, mask=present[:, None] & exists[None, :])
+    program = tl.program_id(0) + tl.num_programs(0) * (split + SPLITS * tl.program_id(2))
+    _fill_zeros(zeros, zeros_size, program, tl.num_programs(0) * SPLITS * tl.num_programs(2), 128)
 
 
 @triton.jit
@@ -389,11 +389,6 @@ def hidden_kernel(
     present = token < num_tokens
     x_row = x + token.to(tl.int64)[:, None] * x_token_stride
     h_row = hidden + token.to(tl.int64)[:, None] * (num_experts * expert_width)
-    if program == 0:  # zeros up to a multiple of 8, which `output_kernel` reads
-        k = num_active + tl.arange(0, 8)
-        place_inside = (k < tl.cdiv(num_active, 8) * 8) & (k < num_experts * expert_width)
-        zeros = tl.zeros((BLOCK_TOKENS, 8), hidden.dtype.element_ty)
-        tl.store(h_row + k[None, :], zeros, mask=present[:, None] & place_inside[None, :])
     for start in range(program * share, end, BLOCK_NEURONS):
         k = start + tl.arange(0, BLOCK_NEURONS)
         valid = k < end
@@ -422,6 +417,11 @@ def hidden_kernel(
         if ROUNDED:
             h = round_to_tf32(h)
         tl.store(h_row + k[None, :], narrow(h, hidden.dtype.element_ty), mask=present[:, None] & valid[None, :])
+    if program == 0:  # zeros up to a multiple of 8, which `output_kernel` reads
+        tail = num_active + tl.arange(0, 8)
+        place_inside = (tail < tl.cdiv(num_active, 8) * 8) & (tail < num_experts * expert_width)
+        zeros = tl.zeros((BLOCK_TOKENS, 8), hidden.dtype.element_ty)
+        tl.store(h_row + tail[None, :], zeros, mask=present[:, None] & place_inside[None, :])
 
 
 @triton.jit

@@ -93,15 +93,14 @@ def assert_results(interpret, calls):
             assert_close(y, call.expected)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 4, 5, 17, 64, 65])
-def test_equals_reference_for_every_number_of_tokens(interpret, num_tokens):
-    assert_results(interpret, [Call(num_tokens, 12, 5, 50)])
+def test_equals_reference_for_every_number_of_tokens(interpret):
+    assert_results(interpret, [Call(num_tokens, 5, 3, 20) for num_tokens in (0, 1, 2, 3, 4, 5, 17, 64, 65)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_reference_in_every_dtype(interpret, dtype):
-    calls = [Call(T, dtype=dtype, gated=T != 2, parameter_dtype=dtype) for T in (1, 2, 4, 7, 66)]
-    calls += [Call(T, dtype=dtype, parameters=False) for T in (3, 6)]
+    calls = [Call(T, dtype=dtype, gated=T != 2, parameter_dtype=dtype) for T in (1, 4, 7)]
+    calls += [Call(T, dtype=dtype, parameters=False) for T in (3, 65)]
     assert_results(interpret, calls)
 
 
@@ -112,18 +111,17 @@ def test_equals_reference_for_every_activation(interpret, activation):
 
 def test_equals_reference_for_odd_shapes(interpret):
     shapes = [(1, 1, 1), (3, 1, 33), (2, 7, 130), (33, 2, 5), (3, 0, 20), (3, 4, 0)]
-    assert_results(interpret, [Call(T, E, n, H) for E, n, H in shapes for T in (1, 3, 6)])
+    assert_results(interpret, [Call(T, E, n, H) for E, n, H in shapes for T in (2, 5)])
 
 
-@pytest.mark.parametrize("num_tokens", [2, 5])
-def test_equals_reference_for_experts_that_are_sorted(interpret, num_tokens):
-    assert_results(interpret, [Call(num_tokens, 257, 1, 20)])
+def test_equals_reference_for_experts_that_are_sorted(interpret):
+    assert_results(interpret, [Call(1, 257, 1, 20)])
 
 
 def test_limits_and_dense_thresholds(interpret):
     limits = [{"min_experts": 4}, {"max_experts": 3}, {"min_experts": 2, "max_experts": 2}, {"max_experts": 1}]
     calls = [Call(T, 9, 2, 20, **limit) for limit in limits for T in (2, 5)]
-    for T in (2, 5, 65):
+    for T in (2, 5):
         calls.append(Call(T, 9, 2, 20))
         calls[-1].threshold = torch.tensor(1.0)
         assert calls[-1].selection[1].tolist() == [9] * T
@@ -132,7 +130,7 @@ def test_limits_and_dense_thresholds(interpret):
 
 def test_any_strides(interpret):
     calls = []
-    for T in (2, 6, 66):
+    for T in (2, 6, 65):
         call = Call(T, 4, 3, 24)
         fused = call.w_in.permute(2, 0, 1, 3).contiguous()  # the gate's rows before those of up
         call.w_in = fused.permute(1, 2, 0, 3)
@@ -158,11 +156,11 @@ def exact_logits(T, E, seed):
 
 
 def test_routing_is_bit_for_bit_given_the_logits(interpret):
-    assert_results(interpret, [exact_logits(T, E, T) for T, E in ((4, 16), (3, 31), (24, 12), (4, 20))])
+    assert_results(interpret, [exact_logits(T, E, T) for T, E in ((4, 16), (3, 31), (16, 12))])
 
 
 def test_a_nan_makes_its_token_dense_and_leaves_the_others_alone(interpret):
-    for T in (3, 6, 66):
+    for T in (3, 6):
         call = Call(T)
         clean = call.routed
         dirty = call.x.clone()
@@ -177,7 +175,7 @@ def test_a_nan_makes_its_token_dense_and_leaves_the_others_alone(interpret):
 
 def test_no_expert_is_the_bias_alone(interpret):
     calls = []
-    for T in (1, 6, 66):
+    for T in (1, 6):
         name, args, options = Call(T).sparse
         calls.append((name, (*args[:4], torch.zeros(T, dtype=torch.int32), "silu"), options))
     for (_, _, options), y in zip(calls, interpret(calls), strict=True):
@@ -186,7 +184,7 @@ def test_no_expert_is_the_bias_alone(interpret):
 
 def test_large_float16_activations_do_not_overflow(interpret):
     calls = []
-    for T in (1, 6, 66):
+    for T in (1, 6):
         call = Call(T, dtype=torch.float16, gated=False, activation="relu2", parameters=False)
         call.x *= 300
         call.w_out *= 1e-4
