@@ -132,7 +132,7 @@ def compile_launch(arch, kernel, args, options):
     )
 
 
-# ptxas puts a few scalars on the stack, stored once and read once, where that lets one more block run beside the others.
+# ptxas puts a few scalars on the stack, outside of the loops, where that lets one more block run beside the others.
 # Blocks of weights that do not fit take hundreds of bytes.
 SCALARS_ON_STACK = 16
 
