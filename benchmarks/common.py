@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import math
 import os
 import platform
 import time
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+# Calls in a CUDA graph at least, so that starting it, which takes as long as a small call, does not count.
+GRAPH_CALLS = 32
+
 
 def seconds(function: Callable[[], object], calls: int = 1) -> float:
     """Mean wall time of a call, over `calls` calls in a row."""
@@ -17,6 +21,32 @@ def seconds(function: Callable[[], object], calls: int = 1) -> float:
     for _ in range(calls):
         function()
     return (time.perf_counter() - start) / calls
+
+
+def graph_seconds(calls: list[Callable[[], object]]) -> Callable[[], float]:
+    """A CUDA graph of the calls; what is returned replays it, and gives the device's mean seconds of a call."""
+    calls = calls * math.ceil(GRAPH_CALLS / len(calls))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def replay() -> float:
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / len(calls)
+
+    replay()
+    return replay
 
 
 def whole_numbers(text: str) -> list[int]:

@@ -32,7 +32,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import available_memory_bytes, last_level_cache_bytes, machine, seconds, today, whole_numbers
+from common import (
+    available_memory_bytes,
+    graph_seconds,
+    last_level_cache_bytes,
+    machine,
+    seconds,
+    today,
+    whole_numbers,
+)
 from torch import Tensor
 
 from prunepath import native, ops
@@ -50,8 +58,6 @@ ONEDNN_ACTIVATIONS = {"relu": "relu", "silu": "swish"}
 CACHES_A_ROUND = 4
 # A slow baseline's round is cut to about this; fewer layers can only make it look faster.
 BASELINE_ROUND_SECONDS = 0.5
-# Calls in a CUDA graph at least, so that starting it, which takes as long as a small call, does not count.
-GRAPH_CALLS = 32
 # Calls of more tokens are bound by arithmetic, so that few layers do; their reference takes long.
 MEMORY_BOUND_TOKENS = 64
 PREFILL_LAYERS = 2
@@ -180,7 +186,7 @@ def check(candidate: Candidate, inputs: list[Inputs], tolerance: float) -> None:
     if not candidate.required:
         tolerance *= BASELINE_TOLERANCE
     try:
-        for call, given in zip(candidate.calls, inputs, strict=True):
+        for call, given in zip(candidate.calls, inputs[: len(candidate.calls)], strict=True):
             y = call()
             if isinstance(y, tuple):
                 y, counts = y
@@ -373,42 +379,15 @@ def make_probe(nbytes: int, device: torch.device) -> list[Candidate]:
     ]
 
 
-def capture(calls: list[Callable[[], object]]) -> Callable[[], float]:
-    """A CUDA graph of the calls; a replay waits for itself and returns its seconds on the device."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def replay() -> float:
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
-    replay()
-    return replay
-
-
 def prepare(candidate: Candidate, device: torch.device) -> Callable[[], float] | None:
     """What runs a round of the candidate and returns the seconds of a call; None, the reason noted, if it cannot."""
     calls = candidate.calls
     if device.type == "cuda":
-        calls = calls * math.ceil(GRAPH_CALLS / len(calls))
         try:
-            replay = capture(calls)
+            return graph_seconds(calls)
         except RuntimeError as error:
             candidate.skipped = f"no CUDA graph: {str(error).splitlines()[0]}"
             return None
-        return lambda: replay() / len(calls)
     if not candidate.required:
         calls = calls[: max(1, int(BASELINE_ROUND_SECONDS / seconds(calls[0])))]
     return lambda: seconds(lambda: [call() for call in calls]) / len(calls)

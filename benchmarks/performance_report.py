@@ -153,7 +153,7 @@ def shorten(commands: list[str]) -> list[str]:
 def route_section(files: list[dict]) -> str:
     parts = []
     for file in files:
-        columns = ["device", "experts", "tokens", "dtype", "route_us", "plain_torch_us", "speedup"]
+        columns = ["device", "experts", "tokens", "dtype", "route_us", "triton_us", "plain_torch_us", "speedup"]
         columns = [column for column in columns if column in file["rows"][0]]
         lines = [
             [f"{row[c]:.1f}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in file["rows"]

@@ -15,8 +15,13 @@ namespace {
 constexpr int kTileTokens = 4;
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-// One block runs on each multiprocessor, and leaves registers for one of the next router's.
+// One block runs on each multiprocessor. For one token of a gated FFN it leaves registers for a
+// block of the next router, where that may start early.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kThreadsWithRouter = kThreads;
+#else
 constexpr int kThreadsWithRouter = kThreads + 64;
+#endif
 constexpr int kRouterThreads = 128;
 // So much shared memory that a multiprocessor takes two blocks of the router at most: started while
 // the FFN before it ends, they would else all be put on the few that are idle.
@@ -25,7 +30,7 @@ constexpr int kPartVectors = 4 * kWarp;  // what a warp has under way
 // Of shared memory: for the dot products of a block's neurons, in one part and in several.
 constexpr int64_t kMaxHiddenBytes = 32 << 10;
 constexpr int64_t kMaxDotBytes = 64 << 10;
-constexpr int kReducedColumns = 4 * kWarp;  // that a block adds up at a time
+constexpr int kReducedColumns = 2 * kWarp;  // that a block adds up at a time
 constexpr int kMaxReducers = 32;
 
 // How the launch is cut; see `plan_ffn`.
@@ -220,7 +225,7 @@ __device__ __forceinline__ float activation_of(const FfnArgs& args, const Plan& 
 }
 
 template <typename W, int kVec, int kTokens, int kGates>
-__global__ void __launch_bounds__(kTokens == 1 ? kThreadsWithRouter : kThreads, 1)
+__global__ void __launch_bounds__(kTokens == 1 && kGates == 2 ? kThreadsWithRouter : kThreads, 1)
     ffn_kernel(const FfnArgs args, const Plan plan) {
   constexpr int kColumns = kWarp * kVec;  // of a chunk
   constexpr int kBatch =
@@ -373,14 +378,14 @@ __global__ void __launch_bounds__(kTokens == 1 ? kThreadsWithRouter : kThreads, 
     for (int t = 0; t < tokens; ++t) {
       // A warp adds up every so manieth block's sums of all columns; then the warps' are added up.
       constexpr int kHeld = 9;  // loads under way for each column: the blocks of a large GPU
-      float total[4] = {};
+      float total[2] = {};
       for (int from = warp; from < plan.blocks; from += kHeld * kWarps) {
-        float part[kHeld][4] = {};
+        float part[kHeld][2] = {};
 #pragma unroll
         for (int u = 0; u < kHeld; ++u) {
           const int from_block = from + u * kWarps;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
+          for (int i = 0; i < 2; ++i) {
             const int column = column_block * kReducedColumns + i * kWarp + lane;
             if (from_block < plan.blocks && column < H) {
               part[u][i] =
@@ -391,14 +396,14 @@ __global__ void __launch_bounds__(kTokens == 1 ? kThreadsWithRouter : kThreads, 
 #pragma unroll
         for (int u = 0; u < kHeld; ++u) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
+          for (int i = 0; i < 2; ++i) {
             total[i] += part[u][i];
           }
         }
       }
       __syncthreads();  // the last columns' sums have been read
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 2; ++i) {
         sums[warp * kReducedColumns + i * kWarp + lane] = total[i];
       }
       __syncthreads();

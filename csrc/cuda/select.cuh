@@ -134,7 +134,7 @@ __device__ void select_tokens(const FfnArgs& args, int first, int tokens, bool w
       if (i < pairs) {
         const int64_t order = standings[i].order;
         const Standing* row = standings + t * E;
-#pragma unroll 8
+#pragma unroll 4
         for (int j = part; j < E; j += parts) {
           const Standing other = row[j];
           const bool before = other.order > order;
