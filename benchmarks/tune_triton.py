@@ -22,8 +22,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from common import last_level_cache_bytes, machine, seconds, whole_numbers
-from ffn import SHAPES, TOLERANCES, Layer, capture, choices, count_experts, make_inputs
+from common import graph_seconds, last_level_cache_bytes, machine, seconds, whole_numbers
+from ffn import SHAPES, TOLERANCES, Layer, choices, count_experts, make_inputs
 from prunepath.triton_kernels import configs, tuned
 from prunepath.triton_kernels.configs import Fused, Hidden, Output
 from prunepath.triton_kernels.routed_ffn import routed_ffn
@@ -132,8 +132,8 @@ class Case:
                     if not (error <= self.tolerance and torch.equal(counts, given.counts)):
                         print(f"  {candidate}: WRONG, relative error {error:.1e}, counts {counts.tolist()}")
                         return None
-                replay = capture(calls)
-                scores.append(statistics.median(replay() for _ in range(7)) / len(calls))
+                sample = graph_seconds(calls)
+                scores.append(statistics.median(sample() for _ in range(7)))
         except Exception as error:
             print(f"  {candidate}: {str(error).splitlines()[0]}")
             return None

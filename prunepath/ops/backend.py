@@ -52,8 +52,9 @@ def cpu_kernel() -> str:
 def resolve_backend(name: str, device: torch.device) -> Backend:
     """The backend called `name` for tensors on `device`.
 
-    `auto` is `cpu` on a CPU and `cuda` on a GPU; on a GPU without PrunePath's CUDA library it is `reference`, with a
-    warning.
+    `auto` is `cpu` on a CPU. On a GPU it is `cuda`, which was faster than `triton` for every shape and batch measured
+    (docs/performance.md); where PrunePath's CUDA library is missing, as with AMD's GPUs, it is `triton`, and without
+    Triton `reference`, each with a warning.
 
     Raises:
         BackendError: there is no such backend, or it is not available here or for this device.
@@ -88,10 +89,11 @@ def _automatic(device: torch.device) -> str:
     if device.type != "cuda":
         raise BackendError(f"No backend was made for the device {device}; reference works on any device.")
     reason = native.cuda_error()
-    if reason is not None:
-        warnings.warn(f"The pure-torch reference is used on {device}. {reason}", stacklevel=3)
-        return "reference"
-    return "cuda"
+    if reason is None:
+        return "cuda"
+    name = "reference" if _missing("triton") else "triton"
+    warnings.warn(f"The backend {name} is used on {device}. {reason}", stacklevel=3)
+    return name
 
 
 def _missing(name: str) -> str | None:

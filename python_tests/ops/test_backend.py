@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from prunepath import errors, native, ops
+from prunepath.ops import backend
 
 
 def test_every_backend_has_a_state():
@@ -61,7 +62,9 @@ def test_gpu_backends_say_why_they_are_missing(monkeypatch):
             ops.resolve_backend(name, torch.device("cuda"))
 
 
-def test_a_gpu_without_the_cuda_library_warns_and_uses_the_reference(monkeypatch):
+@pytest.mark.parametrize("triton, name", [("No Triton.", "reference"), (None, "triton")])
+def test_a_gpu_without_the_cuda_library_warns_and_uses_the_next_best(monkeypatch, triton, name):
     monkeypatch.setattr(native, "cuda_error", lambda: "The library is missing.")
-    with pytest.warns(UserWarning, match="reference is used on cuda. The library is missing"):
-        assert ops.resolve_backend("auto", torch.device("cuda")).name == "reference"
+    monkeypatch.setattr(backend, "_missing", {"triton": triton}.get)
+    with pytest.warns(UserWarning, match=f"backend {name} is used on cuda. The library is missing"):
+        assert backend._automatic(torch.device("cuda")) == name
