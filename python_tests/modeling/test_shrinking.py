@@ -176,7 +176,10 @@ import os, random, signal, sys, time, torch, prunepath
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 from prunepath.shrinking import Plan
+from threading import RLock
+from tqdm import tqdm
 torch.set_num_threads(1)
+tqdm.set_lock(RLock())  # tqdm's own is shared with forked processes, and one that is killed never gives it back
 base, kills, texts = Path(sys.argv[1]), int(sys.argv[2]), torch.load(sys.argv[3])
 plan = Plan(AutoModelForCausalLM.from_pretrained(base / "sparse"), None, texts, 0.4)
 

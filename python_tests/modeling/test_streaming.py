@@ -92,7 +92,10 @@ KILLED = """
 import os, random, signal, sys, time, torch, prunepath
 from pathlib import Path
 from prunepath.streaming import convert_streaming
+from threading import RLock
+from tqdm import tqdm
 torch.set_num_threads(1)
+tqdm.set_lock(RLock())  # tqdm's own is shared with forked processes, and one that is killed never gives it back
 folder, base, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 texts = torch.load(sys.argv[4])
 config = prunepath.PrunePathConfig(**torch.load(sys.argv[5]))
