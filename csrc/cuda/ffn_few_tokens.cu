@@ -33,7 +33,7 @@ constexpr int64_t kMaxDotBytes = 64 << 10;
 constexpr int kReducedColumns = 2 * kWarp;  // that a block adds up at a time
 constexpr int kMaxReducers = 32;
 
-// How the launch is cut; see `plan_ffn`.
+// How the launch is cut; see `launch_ffn`.
 struct Plan {
   int32_t blocks;    // for each tile of tokens
   int32_t capacity;  // active neurons of a block at most
@@ -102,9 +102,9 @@ struct Part {
   int end;
 };
 
-// dots = the products of the parts from `first_part` on, in steps of `stride`, with the tokens:
-// use( part's number, dots), the same in all lanes. The loads of the next vectors are under way
-// while these are multiplied.
+// Calls `use` with the number of a part, from `first_part` on in steps of `stride`, and the part's
+// products with the tokens, which are the same in all lanes. The loads of the next vectors are
+// under way while these are multiplied.
 template <typename W, int kVec, int kTokens, int kGates, typename Use>
 __device__ __forceinline__ void multiply_parts(const FfnArgs& args, const Plan& plan, int first,
                                                int tokens, const int32_t* neurons, int count,
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kTokens == 1 && kGates == 2 ? kThreadsWithRout
   const int tokens = ::min(kTokens, args.num_tokens - first);
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  const int chunks = (H + kColumns - 1) / kColumns;
+  const int chunks = ::max(1, (H + kColumns - 1) / kColumns);
 
   float* hidden = reinterpret_cast<float*>(shared);  // [capacity, kTokens]
   int32_t* neurons = reinterpret_cast<int32_t*>(hidden + plan.capacity * kTokens);  // [capacity]

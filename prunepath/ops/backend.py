@@ -52,8 +52,8 @@ def cpu_kernel() -> str:
 def resolve_backend(name: str, device: torch.device) -> Backend:
     """The backend called `name` for tensors on `device`.
 
-    `auto` is `cpu` on a CPU. On a GPU it is `cuda`, which was faster than `triton` for every shape and batch measured
-    (docs/performance.md); where PrunePath's CUDA library is missing, as with AMD's GPUs, it is `triton`, and without
+    `auto` is `cpu` on a CPU. On a GPU it is `cuda`, whose `routed_ffn` was the faster one for every shape and batch
+    measured (docs/performance.md); where PrunePath's CUDA library is missing, as with AMD's GPUs, it is `triton`, and without
     Triton `reference`, each with a warning.
 
     Raises:
