@@ -121,10 +121,11 @@ def sources(files: list[dict], device: str) -> str:
         commands = dict.fromkeys(
             row["command"] for row in file["rows"] if "command" in row and row.get("device", "cpu") == device
         )
-        commands = list(commands) or [file["command"]] * any(row.get("device", "cpu") == device for row in file["rows"])
+        if not commands and any(row.get("device", "cpu") == device for row in file["rows"]):
+            commands = [file["command"]]
         if commands:
             lines.append(
-                f"{file['machine']}, {file.get('date', 'no date')}:\n\n```\n" + "\n".join(shorten(commands)) + "\n```\n"
+                f"{file['machine']}, {file.get('date', 'no date')}:\n\n```\n" + "\n".join(shorten(list(commands))) + "\n```\n"
             )
     return "\n".join(lines)
 
