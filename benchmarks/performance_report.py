@@ -124,9 +124,8 @@ def sources(files: list[dict], device: str) -> str:
         if not commands and any(row.get("device", "cpu") == device for row in file["rows"]):
             commands = [file["command"]]
         if commands:
-            lines.append(
-                f"{file['machine']}, {file.get('date', 'no date')}:\n\n```\n" + "\n".join(shorten(list(commands))) + "\n```\n"
-            )
+            text = "\n".join(shorten(list(commands)))
+            lines.append(f"{file['machine']}, {file.get('date', 'no date')}:\n\n```\n{text}\n```\n")
     return "\n".join(lines)
 
 

@@ -53,8 +53,8 @@ def resolve_backend(name: str, device: torch.device) -> Backend:
     """The backend called `name` for tensors on `device`.
 
     `auto` is `cpu` on a CPU. On a GPU it is `cuda`, whose `routed_ffn` was the faster one for every shape and batch
-    measured (docs/performance.md); where PrunePath's CUDA library is missing, as with AMD's GPUs, it is `triton`, and without
-    Triton `reference`, each with a warning.
+    measured (docs/performance.md); where PrunePath's CUDA library is missing, as with AMD's GPUs, it is `triton`, and
+    without Triton `reference`, each with a warning.
 
     Raises:
         BackendError: there is no such backend, or it is not available here or for this device.
