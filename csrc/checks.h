@@ -382,6 +382,21 @@ inline int64_t check_selection(const char* op, const FfnShape& shape, const Tens
   return expert_ids.size(1);
 }
 
+struct SparseFfnArguments {
+  FfnShape shape;
+  int64_t num_columns;  // K, of expert_ids
+};
+
+inline SparseFfnArguments check_sparse_ffn(const Tensor& x, const Tensor& w_in, const Tensor& w_out,
+                                           const Tensor& expert_ids, const Tensor& counts,
+                                           const std::string& activation,
+                                           const std::optional<Tensor>& b_in,
+                                           const std::optional<Tensor>& b_out,
+                                           const std::optional<Tensor>& center) {
+  const FfnShape shape = check_ffn("sparse_ffn", x, w_in, w_out, activation, b_in, b_out, center);
+  return {shape, check_selection("sparse_ffn", shape, x, expert_ids, counts)};
+}
+
 inline void check_router(const char* op, const FfnShape& shape, const Tensor& w_in,
                          const Tensor& weight, const std::optional<Tensor>& bias) {
   const int64_t E = shape.layout.num_experts;

@@ -10,20 +10,7 @@
 namespace prunepath {
 namespace {
 
-struct Arguments {
-  FfnShape shape;
-  int64_t num_columns;
-};
-
-Arguments check(const Tensor& x, const Tensor& w_in, const Tensor& w_out, const Tensor& expert_ids,
-                const Tensor& counts, const std::string& activation,
-                const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_out,
-                const std::optional<Tensor>& center) {
-  const FfnShape shape = check_ffn("sparse_ffn", x, w_in, w_out, activation, b_in, b_out, center);
-  return {shape, check_selection("sparse_ffn", shape, x, expert_ids, counts)};
-}
-
-void run(const FfnProblem& problem, const Arguments& arguments, const Tensor& expert_ids,
+void run(const FfnProblem& problem, const SparseFfnArguments& arguments, const Tensor& expert_ids,
          const Tensor& counts, void* workspace) {
   run_sparse_ffn(problem, static_cast<const int32_t*>(expert_ids.const_data_ptr()),
                  static_cast<const int32_t*>(counts.const_data_ptr()), arguments.num_columns,
@@ -34,8 +21,8 @@ Tensor sparse_ffn(const Tensor& x, const Tensor& w_in, const Tensor& w_out,
                   const Tensor& expert_ids, const Tensor& counts, const std::string& activation,
                   const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_out,
                   const std::optional<Tensor>& center) {
-  const Arguments arguments =
-      check(x, w_in, w_out, expert_ids, counts, activation, b_in, b_out, center);
+  const SparseFfnArguments arguments =
+      check_sparse_ffn(x, w_in, w_out, expert_ids, counts, activation, b_in, b_out, center);
   const FfnShape& shape = arguments.shape;
   Tensor y = new_tensor({shape.num_tokens, shape.layout.hidden_size}, x.scalar_type());
   const Scratch workspace(ffn_workspace_size(shape.layout, shape.num_tokens, false));
@@ -48,8 +35,8 @@ void sparse_ffn_out(const Tensor& x, const Tensor& w_in, const Tensor& w_out,
                     const Tensor& expert_ids, const Tensor& counts, const std::string& activation,
                     const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_out,
                     const std::optional<Tensor>& center, const Tensor& y, const Tensor& workspace) {
-  const Arguments arguments =
-      check(x, w_in, w_out, expert_ids, counts, activation, b_in, b_out, center);
+  const SparseFfnArguments arguments =
+      check_sparse_ffn(x, w_in, w_out, expert_ids, counts, activation, b_in, b_out, center);
   const FfnShape& shape = arguments.shape;
   check_out("sparse_ffn", "y", y, x.scalar_type(), {shape.num_tokens, shape.layout.hidden_size},
             "[T, H]", "x", x);

@@ -142,8 +142,8 @@ __global__ void __launch_bounds__(kRouterThreads) router_kernel(const FfnArgs ar
 
 // Selects the tile's tokens, each by one block, and gives all blocks the masks. The blocks that
 // select are the first that run, so those that wait for them never keep them from running.
-__device__ void select_together(const FfnArgs& args, int tile, int first, int tokens,
-                                uint32_t* counters, void* scratch, uint32_t* mask) {
+__device__ void select_together(const FfnArgs& args, int first, int tokens, uint32_t* counters,
+                                void* scratch, uint32_t* mask) {
   __shared__ int ticket;
   const int E = args.num_experts;
   const int words = (E + kWarp - 1) / kWarp;
@@ -216,8 +216,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (args.expert_ids != nullptr) {
     mask_given_experts(args, first, tokens, mask);
   } else {
-    select_together(args, blockIdx.y, first, tokens, args.counters + blockIdx.y * counters_a_tile,
-                    scratch, mask);
+    select_together(args, first, tokens, args.counters + blockIdx.y * counters_a_tile, scratch,
+                    mask);
   }
   const int listed = list_active_experts(mask, E, list);
   const int64_t active = static_cast<int64_t>(listed) * n;

@@ -8,21 +8,8 @@
 namespace prunepath {
 namespace {
 
-struct Arguments {
-  FfnShape shape;
-  int64_t num_columns;
-};
-
-Arguments check(const Tensor& x, const Tensor& w_in, const Tensor& w_out, const Tensor& expert_ids,
-                const Tensor& counts, const std::string& activation,
-                const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_out,
-                const std::optional<Tensor>& center) {
-  const FfnShape shape = check_ffn("sparse_ffn", x, w_in, w_out, activation, b_in, b_out, center);
-  return {shape, check_selection("sparse_ffn", shape, x, expert_ids, counts)};
-}
-
-void run(const Arguments& arguments, FfnArgs args, const Tensor& x, const Tensor& expert_ids,
-         const Tensor& counts, const Tensor& workspace) {
+void run(const SparseFfnArguments& arguments, FfnArgs args, const Tensor& x,
+         const Tensor& expert_ids, const Tensor& counts, const Tensor& workspace) {
   if (arguments.shape.num_tokens == 0) {
     return;
   }
@@ -40,8 +27,8 @@ Tensor sparse_ffn(const Tensor& x, const Tensor& w_in, const Tensor& w_out,
                   const Tensor& expert_ids, const Tensor& counts, const std::string& activation,
                   const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_out,
                   const std::optional<Tensor>& center) {
-  const Arguments arguments =
-      check(x, w_in, w_out, expert_ids, counts, activation, b_in, b_out, center);
+  const SparseFfnArguments arguments =
+      check_sparse_ffn(x, w_in, w_out, expert_ids, counts, activation, b_in, b_out, center);
   Tensor y =
       torch::stable::new_empty(x, {arguments.shape.num_tokens, arguments.shape.layout.hidden_size});
   const Tensor workspace = new_workspace(arguments.shape, false, x);
@@ -54,8 +41,8 @@ void sparse_ffn_out(const Tensor& x, const Tensor& w_in, const Tensor& w_out,
                     const Tensor& expert_ids, const Tensor& counts, const std::string& activation,
                     const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_out,
                     const std::optional<Tensor>& center, const Tensor& y, const Tensor& workspace) {
-  const Arguments arguments =
-      check(x, w_in, w_out, expert_ids, counts, activation, b_in, b_out, center);
+  const SparseFfnArguments arguments =
+      check_sparse_ffn(x, w_in, w_out, expert_ids, counts, activation, b_in, b_out, center);
   const FfnShape& shape = arguments.shape;
   check_out("sparse_ffn", "y", y, x.scalar_type(), {shape.num_tokens, shape.layout.hidden_size},
             "[T, H]", "x", x);
