@@ -5,14 +5,16 @@
     python benchmarks/quality.py --tasks glue-sst2,squad,xsum           # through the `datasets` package
 
 Everything is kept under --out, and what is there is not computed again: `data/`, `dense/` (trained models), `cells/`
-(one JSON file for each task, method and seed) and `search/` (learning rates). `cells.json.xz` gathers the finished
-cells once a minute; `--stage report` needs it alone. The processes of `--jobs` take turns over the GPUs, and a cell
-begins as soon as the dense model of its task is trained.
+(one JSON file for each task, method and seed), `partitions/` and `search/` (learning rates). `cells.json.xz` gathers
+the finished cells once a minute; `--stage report` needs it alone. The processes of `--jobs` take turns over the GPUs,
+and a cell begins as soon as the dense model of its task is trained. Many small processes share a GPU best under
+NVIDIA's MPS.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import copy
 import dataclasses
 import functools
@@ -36,7 +38,7 @@ import torch  # noqa: E402
 from baselines import METHODS, Method, Settings  # noqa: E402
 from quality_report import BOUNDS, write_report  # noqa: E402
 from tasks import HUB_TASKS, TASKS, Task, build_task  # noqa: E402
-from tasks.models import DEMO, train_dense  # noqa: E402
+from tasks.models import DEMO, fuse_norms, train_dense  # noqa: E402
 from training import calibrate, evaluate, finetune, install  # noqa: E402
 
 BUDGETS = (0.5, 0.25, 0.1)
@@ -44,7 +46,10 @@ RATES = (2e-4, 5e-4, 1e-3)
 SEARCH_SHARE = 1 / 6
 SEARCH_BUDGET = 0.25
 _FIRST = {name: i for i, name in enumerate(("dense", "prunepath", "lte", "static-flap", "static-wanda", "static-mean"))}
-_LONGEST_DENSE = {name: i for i, name in enumerate(("nlg", "nlu", "lm-opt", "instruct"))}
+_LONGEST = {name: i for i, name in enumerate(("nlg", "nlu", "lm-opt", "instruct"))}
+_BESIDE_DENSE = 6
+"""Cells at a time on a GPU that trains a dense model, which the cells of its task wait for."""
+_ATTEMPTS = 2
 _GATHER_SECONDS = 60.0
 PRETRAINING = "lm-opt"
 """The task whose training tokens dense models are pre-trained on."""
@@ -178,7 +183,7 @@ def run_cell(args: argparse.Namespace, task_name: str, method: str, seed: int) -
     task, dense, teacher = _task_and_dense(args, task_name)
     tokenizer = load_tokenizer()
     one = METHODS[method].one_checkpoint
-    settings = Settings(args.num_experts, BUDGETS, seed)
+    settings = Settings(args.num_experts, BUDGETS, seed, args.out / "partitions" / f"{task_name}.{seed}")
     cell = {"task": task_name, "method": method, "seed": seed, "one_checkpoint": one, "results": []}
     budgets = (1.0,) if method == "dense" else BUDGETS
     # Where every budget has its own checkpoint, the one that learning rates are compared on comes first.
@@ -227,22 +232,24 @@ class Job:
 
 
 def _serve(connection: Connection, args: argparse.Namespace, gpu: int | None) -> None:
-    """A worker process: runs the jobs that come, and answers with an error or None."""
+    """A worker process: runs the jobs that come, answers None, and ends with the first error, which it answers with."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # CUDA has not been initialised here yet
     _quiet()
+    fuse_norms()
     while (job := connection.recv()) is not None:
         try:
             job.run(args)
             connection.send(None)
         except Exception as error:  # one method's failure leaves the others' results
             traceback.print_exc()
-            _loaded.clear()
             connection.send(f"{type(error).__name__}: {error}")
+            return  # after an error of CUDA nothing works in this process
+        torch.cuda.empty_cache()  # other processes share the GPU
 
 
 class Worker:
-    """A process that runs one job at a time, and is started anew where a job took it down."""
+    """A process that runs one job at a time, and is started anew after a job that failed."""
 
     def __init__(self, args: argparse.Namespace, gpu: int | None) -> None:
         self.args, self.gpu = args, gpu
@@ -267,6 +274,8 @@ class Worker:
         except (EOFError, OSError):
             self.process.join()
             error = f"the process ended with exit code {self.process.exitcode}"
+        if error is not None:
+            self.process.join()
             self._start()
         self.job = None
         return error
@@ -282,37 +291,51 @@ class Worker:
 def all_jobs(args: argparse.Namespace) -> list[Job]:
     """What is to be computed, in the order in which it is begun.
 
-    All methods of the first seed come before the second; the bounds of further seeds come last. Within a seed, first
-    what everything is compared with, then what takes longest.
+    All methods of the first seed come before the second; the bounds of further seeds come last. Within a seed one task
+    comes after another, the longest first, and of it first what everything is compared with, then what takes longest.
     """
-    dense = sorted((Job(name) for name in args.tasks), key=lambda job: _LONGEST_DENSE.get(job.task, 9))
+    dense = sorted((Job(name) for name in args.tasks), key=lambda job: _LONGEST.get(job.task, 9))
     cells = [Job(name, method, seed) for seed in args.seeds for method in args.methods for name in args.tasks]
     first = args.seeds[0]
-    cells.sort(key=lambda job: (job.method in BOUNDS and job.seed != first, job.seed, _FIRST.get(job.method, 9)))
+
+    def rank(job: Job) -> tuple:
+        further_bound = job.method in BOUNDS and job.seed != first
+        return further_bound, job.seed, _LONGEST.get(job.task, 9), job.task, _FIRST.get(job.method, 9)
+
+    cells.sort(key=rank)
     jobs = [*dense, *(cells if args.stage != "dense" else [])]
     return [job for job in jobs if not job.is_done(args)]
+
+
+def _seconds_before(args: argparse.Namespace, job: Job) -> float:
+    """How long a cell like `job` with another seed took; 0 if there is none."""
+    paths = [cell_path(args, job.task, job.method, seed) for seed in args.seeds]
+    return max((json.loads(path.read_text())["seconds"] for path in paths if path.exists()), default=0.0)
 
 
 def run_jobs(args: argparse.Namespace) -> None:
     """Runs all jobs, as many at a time as `--jobs` says, until none is left or the time is up.
 
-    At the time limit what is running is stopped; a cell that would not end in time, judging by how long its method
-    took before, does not begin. While dense models train, one cell for each GPU runs beside them.
+    At the time limit what is running is stopped; a cell that would not end in time, judging by how long it took with
+    another seed, does not begin. A job that fails is tried once more.
     """
     started = gathered = time.monotonic()
     limit = math.inf if args.time_limit is None else args.time_limit
     gpus = torch.cuda.device_count() if args.device == "cuda" else 0
     pending = all_jobs(args)
     workers = [Worker(args, i % gpus if gpus else None) for i in range(min(args.jobs, max(1, len(pending))))]
-    first, took, failures, skipped = args.seeds[0], {}, [], []
+    first, failures, skipped = args.seeds[0], [], []
+    took: dict[tuple[str, str], float] = {}
     begun: dict[Job, float] = {}
+    attempts: collections.Counter[Job] = collections.Counter()
 
-    def is_ready(job: Job) -> bool:
-        running = [worker.job for worker in workers if worker.job is not None]
+    def is_ready(job: Job, gpu: int | None) -> bool:
         if job.method is None:
             return True
-        cells = sum(other.method is not None for other in running)
-        if not Job(job.task).is_done(args) or len(running) > cells >= max(1, gpus):
+        running = [worker.job for worker in workers if worker.job is not None]
+        beside = [worker.job for worker in workers if worker.job is not None and worker.gpu == gpu]
+        cells = sum(other.method is not None for other in beside)
+        if not Job(job.task).is_done(args) or len(beside) > cells >= _BESIDE_DENSE:
             return False
         # The first seed searches for the learning rate.
         searched = search_path(args, job.task, job.method).exists()
@@ -323,14 +346,17 @@ def run_jobs(args: argparse.Namespace) -> None:
             now = time.monotonic() - started
             for worker in workers:
                 while worker.job is None:
-                    job = next((job for job in pending if is_ready(job)), None)
+                    job = next((job for job in pending if is_ready(job, worker.gpu)), None)
                     if job is None:
                         break
                     pending.remove(job)
-                    if now + took.get(job.method, 0.0) > limit:
-                        skipped.append(job)
-                        continue
+                    if job.method is not None:
+                        expected = took.get((job.task, job.method)) or _seconds_before(args, job)
+                        if now + expected > limit:
+                            skipped.append(job)
+                            continue
                     worker.begin(job)
+                    attempts[job] += 1
                     begun[job] = now
             busy = [worker for worker in workers if worker.job is not None]
             if not busy:
@@ -341,14 +367,17 @@ def run_jobs(args: argparse.Namespace) -> None:
                 error = worker.finish()
                 now = time.monotonic() - started
                 if error is not None:
-                    failures.append(f"{job}: {error}")
-                    print(f"failed: {failures[-1]}", flush=True)
+                    print(f"failed: {job}: {error}", flush=True)
+                    if attempts[job] < _ATTEMPTS:
+                        pending.insert(0, job)
+                    else:
+                        failures.append(f"{job}: {error}")
                 elif job.method is not None:
-                    took[job.method] = max(took.get(job.method, 0.0), now - begun[job])
+                    took[job.task, job.method] = now - begun[job]
             if now >= limit:
                 break
             if time.monotonic() - gathered > _GATHER_SECONDS and args.stage != "dense":
-                gather(args)
+                gather(args, preset=0)
                 gathered = time.monotonic()
     finally:
         stopped = [worker.job for worker in workers if worker.job is not None]
@@ -376,8 +405,8 @@ def describe_task(path: Path) -> dict:
     }
 
 
-def gather(args: argparse.Namespace) -> None:
-    """All cells, and what they were measured on, in one file."""
+def gather(args: argparse.Namespace, preset: int = 6) -> None:
+    """All cells, and what they were measured on, in one file; `preset` is the effort of its compression, 0 to 9."""
     cells = [json.loads(path.read_text()) for path in sorted((args.out / "cells").glob("*.json"))]
     paths = {name: args.out / "data" / f"{name}.pt" for name in (*TASKS, *HUB_TASKS)}
     tasks = {name: describe_task(path) for name, path in paths.items() if path.exists()}
@@ -403,7 +432,7 @@ def gather(args: argparse.Namespace) -> None:
         "tasks": tasks,
         "cells": cells,
     }
-    write_whole(args.out / "cells.json.xz", lzma.compress(json.dumps(data).encode()))
+    write_whole(args.out / "cells.json.xz", lzma.compress(json.dumps(data).encode(), preset=preset))
 
 
 def main() -> None:

@@ -66,23 +66,27 @@ class Table:
     def baselines(self) -> list[str]:
         return [m for m in self.methods if m not in (OURS, "dense", *BOUNDS)]
 
-    def mean_scores(self, key: tuple) -> tuple[np.ndarray, np.ndarray] | None:
-        """Example scores averaged over seeds, and their weights."""
-        seeds = self.results.get(key)
+    def mean_scores(self, *keys: tuple) -> list[tuple[np.ndarray, np.ndarray]] | None:
+        """For each key the example scores, averaged over the seeds that all of them have, and their weights."""
+        found = [self.results.get(key, {}) for key in keys]
+        seeds = set.intersection(*map(set, found))
         if not seeds:
             return None
-        first = next(iter(seeds.values()))
-        return np.mean([result["scores"] for result in seeds.values()], axis=0), first["weights"]
+        first = min(seeds)
+        return [(np.mean([each[s]["scores"] for s in sorted(seeds)], axis=0), each[first]["weights"]) for each in found]
 
     def quality(self, key: tuple) -> float | None:
         found = self.mean_scores(key)
-        return None if found is None else float(found[0].sum() / found[1].sum())
+        return None if found is None else _quality(*found[0])
 
     def loss(self, key: tuple, reference_finetuned: bool | None = None) -> float | None:
         """Share of the dense model's quality that is lost, against the dense model with the same extra training."""
         finetuned = key[2] if reference_finetuned is None else reference_finetuned
-        value, dense = self.quality(key), self.quality((key[0], "dense", finetuned, 1.0))
-        if value is None or not dense:
+        found = self.mean_scores(key, (key[0], "dense", finetuned, 1.0))
+        if found is None:
+            return None
+        value, dense = (_quality(*each) for each in found)
+        if not dense:
             return None
         rise = value / dense - 1.0
         return rise if self.tasks[key[0]]["metric"] == "bits_per_byte" else -rise
@@ -100,10 +104,11 @@ class Table:
 
     def lead(self, task: str, other: str, finetuned: bool, budget: float) -> tuple[float, float] | None:
         """95 % interval of the lost share of quality, ours minus the other's, by a paired bootstrap over examples."""
-        ours, theirs = (self.mean_scores((task, method, finetuned, budget)) for method in (OURS, other))
-        dense = self.mean_scores((task, "dense", finetuned, 1.0))
-        if ours is None or theirs is None or dense is None:
+        keys = [(task, method, finetuned, budget) for method in (OURS, other)]
+        found = self.mean_scores(*keys, (task, "dense", finetuned, 1.0))
+        if found is None:
             return None
+        ours, theirs, dense = found
         random = np.random.default_rng(0)
         picks = random.integers(0, len(dense[1]), (_RESAMPLES, len(dense[1])))
         sign = 1.0 if self.tasks[task]["metric"] == "bits_per_byte" else -1.0
@@ -124,6 +129,10 @@ class Table:
             for seed, result in seeds.items()
             if abs(result["active_fraction"] - budget) > TOLERANCE
         ]
+
+
+def _quality(scores: np.ndarray, weights: np.ndarray) -> float:
+    return float(scores.sum() / weights.sum())
 
 
 def verdict(interval: tuple[float, float] | None) -> str:

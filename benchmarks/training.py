@@ -19,6 +19,7 @@ DISTILLATION_WEIGHT = 1.0
 ROUTER_RATE = 3.0
 INSTALL_TOKENS = 65536
 CALIBRATION_EXAMPLES = 96
+_GENERATION_BATCH = 576
 
 
 def install(method_type: type[Method], dense: nn.Module, task: Task, settings: Settings, budget: float | None):
@@ -119,7 +120,7 @@ def evaluate(
         if method.counts is not None:
             result["experts_per_token"] = torch.stack(method.counts.histogram).sum(0).tolist()
         if task.metric == "rouge_l" and split == "test" and tokenizer is not None:
-            for batch in task.batches(split, 512, limit):
+            for batch in task.batches(split, _GENERATION_BATCH, limit):
                 ids = model.generate(
                     input_ids=batch["input_ids"],
                     attention_mask=batch["attention_mask"],

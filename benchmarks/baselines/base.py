@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,11 +24,14 @@ class Settings:
         num_experts: experts E of every FFN.
         budgets: active fractions of FFN neurons at which methods are compared.
         seed: of partitions, random choices and drawn budgets.
+        partitions: a folder that keeps partitions, for methods that share one; None to compute each anew. It is of one
+            dense model and one seed.
     """
 
     num_experts: int
     budgets: tuple[float, ...]
     seed: int
+    partitions: Path | None = None
 
 
 class Method(abc.ABC):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+import os
 import random
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ import torch
 from baselines.activations import ffn_inputs
 from baselines.base import Batch, Method
 from prunepath.convert.adapters import find_ffns
+from prunepath.convert.batches import merge
 from prunepath.convert.experts import reorder_neurons, skipping_errors
 from prunepath.convert.partition import partition_neurons
 from prunepath.errors import PrunePathError
@@ -45,16 +47,9 @@ class ExpertMethod(Method):
         self.ffns: list[SparseFFN] = [site.install(experts, center=self.center) for site in find_ffns(self.model)]
         inputs = ffn_inputs(self.model, self.ffns, batches)
         errors: list[tuple[float, float]] = []
-        for ffn, x in zip(self.ffns, inputs, strict=True):
+        for i, (ffn, x) in enumerate(zip(self.ffns, inputs, strict=True)):
             hidden = ffn.hidden(x[:_PARTITION_TOKENS]).float()
-            order = partition_neurons(
-                self.partition,
-                experts,
-                intermediate_size=ffn.intermediate_size,
-                profiles=hidden,
-                weights=ffn.input_weights()[0].float(),
-                seed=self.settings.seed,
-            ).to(x.device)
+            order = self._partition(i, ffn, hidden).to(x.device)
             reorder_neurons(ffn, order)
             if ffn.center is not None:
                 ffn.center.copy_(hidden.mean(0)[order])
@@ -72,6 +67,27 @@ class ExpertMethod(Method):
             torch.manual_seed(self.settings.seed)
             self.install_routers(inputs)
         self.counts = CountRecord(self.ffns)
+
+    def _partition(self, index: int, ffn: SparseFFN, hidden: torch.Tensor) -> torch.Tensor:
+        """The grouping of an FFN's neurons (`partition_neurons`), from `settings.partitions` if it is there."""
+        folder = self.settings.partitions
+        path = None if folder is None else folder / f"{self.partition}.{index}.pt"
+        if path is not None and path.exists():
+            return torch.load(path)
+        order = partition_neurons(
+            self.partition,
+            self.settings.num_experts,
+            intermediate_size=ffn.intermediate_size,
+            profiles=hidden,
+            weights=ffn.input_weights()[0].float(),
+            seed=self.settings.seed,
+        )
+        if path is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            torch.save(order, temporary)
+            temporary.replace(path)
+        return order
 
     def install_routers(self, inputs: list[torch.Tensor]) -> None:
         """Makes and fits the method's routers, from inputs x [N, H] of each FFN."""
@@ -203,6 +219,7 @@ class ThresholdMethod(ExpertMethod):
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[Batch]) -> None:
+        batches = [merge(batches)]  # the device is given all there is to do at once
         self.training = False
         self._batch_budget = None
         self.chosen_shapes: dict[float, str] = {}

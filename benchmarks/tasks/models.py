@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
+from torch.nn import functional as F
 
 from tasks.base import IGNORED, Examples, Task
 
@@ -85,6 +86,17 @@ def new_model(
     return transformers.T5ForConditionalGeneration(config)
 
 
+def fuse_norms() -> None:
+    """Makes the RMS norms of Llama and T5 one kernel each in this process; transformers writes them as eight."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+    def forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+    LlamaRMSNorm.forward = T5LayerNorm.forward = forward
+
+
 def train_dense(task: Task, stream: torch.Tensor, vocab_size: int, end: int, *, tiny: bool, report) -> nn.Module:
     """A dense model of the task's family, pre-trained on the token stream and then trained on the task.
 
@@ -143,6 +155,7 @@ def fit(model: nn.Module, batches: Iterator[Examples], steps: int, rate: float, 
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for p in model.parameters():
         size = max(1e-3, p.detach().square().mean().sqrt().item()) if relative else 1.0
+        size = 2.0 ** (round(2.0 * math.log2(size)) / 2.0)  # each group costs kernels of its own
         groups[rate * size, 0.1 if p.dim() >= 2 and not relative else 0.0].append(p)
     optimizer = torch.optim.AdamW(
         [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],

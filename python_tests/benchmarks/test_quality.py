@@ -20,7 +20,7 @@ import quality  # noqa: E402
 from tasks import TASKS, build_task  # noqa: E402
 from tasks.base import SPLITS, package_texts  # noqa: E402
 from tasks.functions import Functions, functions  # noqa: E402
-from tasks.models import _corrupted, new_model  # noqa: E402
+from tasks.models import _corrupted, fuse_norms, new_model  # noqa: E402
 
 from prunepath.convert.adapters import find_ffns  # noqa: E402
 
@@ -206,11 +206,40 @@ def test_cells_hold_every_budget_and_are_computed_once(tmp_path):
 def test_jobs_come_in_the_order_in_which_a_time_limit_leaves_most(tmp_path):
     args = settings(tmp_path, tasks=["lm-opt", "nlu"], methods=["random", "lte", "dense", "prunepath"], seeds=[0, 1])
     jobs = [str(job) for job in quality.all_jobs(args)]
-    assert jobs[:2] == ["dense nlu", "dense lm-opt"]
-    assert [job.removeprefix("nlu ") for job in jobs if job.startswith("nlu")] == [
-        *("dense seed 0", "prunepath seed 0", "lte seed 0", "random seed 0"),
-        *("dense seed 1", "prunepath seed 1", "lte seed 1", "random seed 1"),
+    assert jobs == [
+        *("dense nlu", "dense lm-opt"),
+        *("nlu dense seed 0", "nlu prunepath seed 0", "nlu lte seed 0", "nlu random seed 0"),
+        *("lm-opt dense seed 0", "lm-opt prunepath seed 0", "lm-opt lte seed 0", "lm-opt random seed 0"),
+        *("nlu dense seed 1", "nlu prunepath seed 1", "nlu lte seed 1"),
+        *("lm-opt dense seed 1", "lm-opt prunepath seed 1", "lm-opt lte seed 1"),
+        *("nlu random seed 1", "lm-opt random seed 1"),
     ]
+
+
+def test_a_cell_that_would_not_end_in_time_does_not_begin(tmp_path, capsys):
+    args = settings(tmp_path, methods=["dense"], seeds=[0, 1], time_limit=100.0)
+    quality.prepare_data(args)
+    quality.write_whole(quality.cell_path(args, "nlu", "dense", 0), b'{"seconds": 1000.0}')
+    quality.make_dense(args, "nlu")
+    quality.run_jobs(args)
+    assert not quality.cell_path(args, "nlu", "dense", 1).exists()
+    assert "not finished: nlu dense seed 1" in capsys.readouterr().out
+
+
+def test_fused_norms_are_those_of_the_models(monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+    norms = [kind(32) for kind in (LlamaRMSNorm, T5LayerNorm)]
+    x = 3.0 * torch.randn(4, 5, 32)
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight)
+    before = [norm(x) for norm in norms]
+    for kind in (LlamaRMSNorm, T5LayerNorm):
+        monkeypatch.setattr(kind, "forward", kind.forward)  # puts it back after the test
+    fuse_norms()
+    for norm, wanted in zip(norms, before, strict=True):
+        torch.testing.assert_close(norm(x), wanted)
 
 
 def test_nothing_runs_on_after_the_time_limit(tmp_path):
