@@ -5,7 +5,6 @@ import json
 import lzma
 import os
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ if not (BENCHMARKS / "quality.py").is_file():
 sys.path.append(str(BENCHMARKS))  # where the benchmarks import each other from; prunepath itself is not there
 
 import quality  # noqa: E402
-from tasks import TASKS, build_task  # noqa: E402
+from tasks import HUB_TASKS, TASKS, build_task  # noqa: E402
 from tasks.base import SPLITS, package_texts  # noqa: E402
 from tasks.functions import Functions, functions  # noqa: E402
 from tasks.models import _corrupted, fuse_norms, new_model  # noqa: E402
@@ -125,45 +124,71 @@ def test_small_models_have_equal_ffns(family):
     assert 5e6 < sum(parameter.numel() for parameter in model.parameters()) < 12e6
 
 
-class _Rows(list):
-    def select(self, indices):
-        return _Rows(self[i] for i in indices)
-
-
-def _stand_in(name, config=None):
-    """What `datasets.load_dataset` returns: 80 rows to train on, with other splits' texts in none of them."""
+def hub_rows(name: str, split: str, count: int) -> list[dict]:
+    """Rows as the hub's data set has them, with what its task does not read."""
+    hidden = name.startswith("glue") and split == "test"
     makers = {
-        "glue": lambda text, i: {"sentence": text, "label": i % 2 if "hidden" not in text else -1},
-        "squad": lambda text, i: {"question": f"Which {i}?", "context": text, "answers": {"text": [f"the {i}", "x"]}},
-        "xsum": lambda text, i: {"document": text, "summary": f"It is {i}."},
+        "glue-sst2": lambda text, i: {"sentence": text},
+        "glue-mrpc": lambda text, i: {"sentence1": text, "sentence2": f"again {i}"},
+        "glue-qnli": lambda text, i: {"question": text, "sentence": f"so {i}"},
+        "squad": lambda text, i: {
+            **{"id": f"{i}", "title": "t", "question": f"Which {i}?", "context": text},
+            "answers": {"text": [f"the {i}", "x"], "answer_start": [0, 4]},
+        },
+        "xsum": lambda text, i: {"document": text, "summary": f"It is {i}.", "id": f"{i}"},
     }
-    assert (name, config) in (("glue", "sst2"), ("squad", None), ("xsum", None))
-    sizes = {"train": 80, "validation": 30, "test": 30}
-    return {
-        split: _Rows(makers[name](f"{'hidden' if split == 'test' else split} text {i} of {name}", i) for i in range(n))
-        for split, n in sizes.items()
-    }
+    rows = [makers[name](f"{split} text {i} of {name}", i) for i in range(count)]
+    if name.startswith("glue"):
+        rows = [{**row, "label": -1 if hidden else i % 2, "idx": i} for i, row in enumerate(rows)]
+    return rows
 
 
-@pytest.mark.parametrize("name", ["glue-sst2", "squad", "xsum"])
-def test_tasks_of_the_hub(monkeypatch, tokenizer, tmp_path, name):
-    datasets = types.ModuleType("datasets")
-    datasets.load_dataset = _stand_in
-    monkeypatch.setitem(sys.modules, "datasets", datasets)
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The data sets' names, in the current folder: `datasets` looks there first."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed (pip install 'prunepath[data]')")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for name in HUB_TASKS:
+        dataset, _, config = name.partition("-")
+        splits = ("train", "validation") if name == "squad" else SPLITS
+        lines = [f"- config_name: {config or 'default'}", "  data_files:"]
+        for split in splits:
+            path = Path(config or "data", f"{split}.parquet")
+            rows = datasets.Dataset.from_list(hub_rows(name, split, 80 if split == "train" else 30))
+            if config:
+                rows = rows.cast_column("label", datasets.ClassLabel(names=["no", "yes"]))
+            Path(dataset, path).parent.mkdir(parents=True, exist_ok=True)
+            rows.to_parquet(Path(dataset, path))
+            lines += [f"  - split: {split}", f"    path: {path}"]
+        readme = Path(dataset, "README.md")
+        before = readme.read_text().removesuffix("---\n") if readme.exists() else "---\nconfigs:\n"
+        readme.write_text(before + "\n".join(lines) + "\n---\n")
+
+
+@pytest.mark.parametrize("name", HUB_TASKS)
+def test_tasks_of_the_hub(hub, tokenizer, tmp_path, name):
     args = settings(tmp_path, tasks=[name], methods=["dense"])
     quality.prepare_data(args)
     task = quality.load_task(tmp_path, name, "cpu")
-    texts = {split: tokenizer.decode(rows["input_ids"][0].long()) for split, rows in task.splits.items()}
-    if name == "xsum":
-        assert "hidden" in texts["test"] and task.references[3] == "It is 3."
-    else:  # the answers of their test split are not public
-        assert "validation text" in texts["test"] and "train text" in texts["validation"]
-        assert not any("hidden" in text for text in texts.values())
-    if name == "squad":
+    rows = {split: tokenizer.decode(rows["input_ids"][3].long()) for split, rows in task.splits.items()}
+    # The answers of GLUE's and SQuAD's test splits are not public.
+    source = dict(zip(SPLITS, SPLITS if name == "xsum" else ("train", "train", "validation"), strict=True))
+    assert all(f"{source[split]} text" in text for split, text in rows.items())
+    first = {"glue-mrpc": "sentence1", "glue-qnli": "question"}.get(name)
+    if first:
+        pair = hub_rows(name, "validation", 4)[3]
+        assert f"{pair[first]}\n{pair['sentence2' if name == 'glue-mrpc' else 'sentence']}" in rows["test"]
+    if task.metric == "accuracy":
+        assert task.labels == ("0", "1") and task.splits["test"]["labels"].tolist()[:4] == [0, 1, 0, 1]
+    elif name == "squad":
         row = task.splits["test"]
         scored = row["labels"][3] != -100
         assert tokenizer.decode(row["input_ids"][3][scored].long()) == "the 3" + tokenizer.eos_token
         assert task.sizes[3] == len("the 3") + 1
+    else:
+        assert task.references[3] == "It is 3."
     quality.make_dense(args, name)
     quality.run_cell(args, name, "dense", 0)
     assert quality.cell_path(args, name, "dense", 0).exists()
