@@ -43,6 +43,8 @@ from training import calibrate, evaluate, finetune, install  # noqa: E402
 
 BUDGETS = (0.5, 0.25, 0.1)
 RATES = (2e-4, 5e-4, 1e-3)
+RATE_LIMITS = (5e-5, 4e-3)
+"""The search goes on by factors of two while the best rate is the lowest or the highest tried, up to here."""
 SEARCH_SHARE = 1 / 6
 SEARCH_BUDGET = 0.25
 _FIRST = {name: i for i, name in enumerate(("dense", "prunepath", "lte", "static-flap", "static-wanda", "static-mean"))}
@@ -156,25 +158,44 @@ def cell_path(args: argparse.Namespace, task: str, method: str, seed: int) -> Pa
 
 
 def learning_rate(args: argparse.Namespace, task_name: str, method: str, installed: Method) -> float:
-    """The best of `RATES` by validation loss at `SEARCH_BUDGET` after a short run of a copy of the installed method.
+    """The best rate by validation loss at `SEARCH_BUDGET` after a short run of a copy of the installed method.
 
-    It is measured without calibration, each batch having the thresholds that obtain the budget on it.
+    `RATES` are tried, and more where the best is the last on its side. The loss is measured without calibration, each
+    batch having the thresholds that obtain the budget on it.
 
     Searched once for a task and a method, by the first seed that comes.
     """
-    path = search_path(args, task_name, method)
-    if not path.exists():
-        task, _, teacher = _task_and_dense(args, task_name)
-        losses = {}
-        for rate in RATES:
-            instance = copy.deepcopy(installed)
-            steps = max(2, round(SEARCH_SHARE * args.steps))
-            finetune(instance, teacher, task, steps=steps, batch_size=args.batch_size, rate=rate, seed=0)
-            at = 1.0 if method == "dense" else SEARCH_BUDGET
-            losses[f"{rate:g}"] = evaluate(instance, task, "validation", at, limit=256, calibrated=False)["loss"]
-        write_whole(path, json.dumps(losses, indent=2).encode())
-    losses = json.loads(path.read_text())
-    return float(min(losses, key=losses.get))
+    losses = known_losses(args, task_name, method)
+    task, _, teacher = _task_and_dense(args, task_name)
+    while (rate := next_rate(losses)) is not None:
+        instance = copy.deepcopy(installed)
+        steps = max(2, round(SEARCH_SHARE * args.steps))
+        finetune(instance, teacher, task, steps=steps, batch_size=args.batch_size, rate=rate, seed=0)
+        at = 1.0 if method == "dense" else SEARCH_BUDGET
+        loss = evaluate(instance, task, "validation", at, limit=256, calibrated=False)["loss"]
+        losses[rate] = math.inf if math.isnan(loss) else loss
+        text = json.dumps({f"{each:g}": losses[each] for each in sorted(losses)}, indent=2)
+        write_whole(search_path(args, task_name, method), text.encode())
+    return min(losses, key=losses.get)
+
+
+def known_losses(args: argparse.Namespace, task: str, method: str) -> dict[float, float]:
+    """Learning rate -> validation loss, as far as the search has come."""
+    path = search_path(args, task, method)
+    return {float(rate): loss for rate, loss in json.loads(path.read_text()).items()} if path.exists() else {}
+
+
+def next_rate(losses: dict[float, float]) -> float | None:
+    """The learning rate to try after those whose losses are known; None if the search is over."""
+    missing = [rate for rate in RATES if rate not in losses]
+    if missing:
+        return missing[0]
+    best = min(losses, key=losses.get)
+    if best == min(losses) and best > RATE_LIMITS[0]:
+        return best / 2.0
+    if best == max(losses) and best < RATE_LIMITS[1]:
+        return best * 2.0
+    return None
 
 
 def run_cell(args: argparse.Namespace, task_name: str, method: str, seed: int) -> None:
@@ -338,7 +359,7 @@ def run_jobs(args: argparse.Namespace) -> None:
         if not Job(job.task).is_done(args) or len(beside) > cells >= _BESIDE_DENSE:
             return False
         # The first seed searches for the learning rate.
-        searched = search_path(args, job.task, job.method).exists()
+        searched = next_rate(known_losses(args, job.task, job.method)) is None
         return job.seed == first or searched or Job(job.task, job.method, first) not in [*pending, *running]
 
     try:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import lzma
+import math
 import os
 import sys
 from pathlib import Path
@@ -265,6 +266,16 @@ def test_fused_norms_are_those_of_the_models(monkeypatch):
     fuse_norms()
     for norm, wanted in zip(norms, before, strict=True):
         torch.testing.assert_close(norm(x), wanted)
+
+
+@pytest.mark.parametrize("best,tried", [(5e-4, 3), (1e-4, 5), (1e-5, 5), (2e-3, 5), (1.0, 5)])
+def test_the_search_for_a_learning_rate_goes_on_until_the_best_has_neighbours(best, tried):
+    losses = {}
+    while (rate := quality.next_rate(losses)) is not None:
+        losses[rate] = abs(math.log(rate / best))
+    assert len(losses) == tried
+    low, high = quality.RATE_LIMITS
+    assert min(losses, key=losses.get) == pytest.approx(min(max(best, low), high))
 
 
 def test_nothing_runs_on_after_the_time_limit(tmp_path):
