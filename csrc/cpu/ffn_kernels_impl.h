@@ -1,6 +1,5 @@
 // Included once by each ffn_kernels_*.cpp, which is compiled for one instruction set and defines
-// PRUNEPATH_LANES (floats in a vector), PRUNEPATH_ROWS (matrix rows worked on at once, bounded by
-// the vector registers) and PRUNEPATH_KERNELS (the table to define).
+// PRUNEPATH_LANES (floats in a vector) and PRUNEPATH_KERNELS (the table to define).
 
 #include "cpu/ffn_kernels.h"
 #include "cpu/simd.h"
@@ -8,8 +7,8 @@
 namespace prunepath {
 namespace {
 
-constexpr int kRows = PRUNEPATH_ROWS;
-constexpr int kMaxBlock = 8;  // neurons worked on at once: x and the sums are read once for all
+// Steps of a dot product that are added up apart, so that none waits for the one before.
+constexpr int64_t kUnroll = 4;
 // For calls of several tokens. Rows of weights and tokens whose dot products are worked on
 // at once: a loaded weight serves all of the tokens, a loaded x all of the rows. It takes the 32
 // registers of AVX-512; with fewer, the tokens one by one are as fast.
@@ -33,6 +32,10 @@ constexpr int64_t kCacheLine = 64;
 // Float32 rounding grows with the number of terms, so sums of this many neurons are added up apart.
 constexpr int64_t kPartialNeurons = 256;
 
+// How far ahead of the row that is worked on rows are asked for. One core's own misses keep too few
+// cache lines in flight for the memory's bandwidth.
+constexpr int64_t kAheadBytes = 8 << 10;
+
 // Elements that a step of the inner loops takes of every row: whole cache lines, whole pairs.
 template <typename W>
 constexpr int64_t step_size() {
@@ -40,13 +43,18 @@ constexpr int64_t step_size() {
   return line > 2 * kLanes ? line : 2 * kLanes;
 }
 
-// Into the second-level cache. One core's own misses keep too few lines in flight for the memory's
-// bandwidth, and rows of a few KB end before the hardware's prefetcher has caught up with them.
+// Asks for the cache lines of a step.
 template <typename W>
 PRUNEPATH_INLINE void prefetch_step(const W* data) {
   for (int64_t i = 0; i < step_size<W>(); i += kCacheLine / static_cast<int64_t>(sizeof(W))) {
-    __builtin_prefetch(data + i, 0, 2);
+    __builtin_prefetch(data + i, 0, 3);
   }
+}
+
+template <typename W>
+PRUNEPATH_INLINE int64_t rows_ahead(int64_t size) {
+  const int64_t row_bytes = size * static_cast<int64_t>(sizeof(W));
+  return row_bytes < kAheadBytes / 16 ? 16 : (kAheadBytes + row_bytes - 1) / row_bytes;
 }
 
 // Matrix rows in pairs (G = 2), a gate and its up, or single.
@@ -61,82 +69,83 @@ struct Rows {
   }
 };
 
-// What a step adds to the sums of R dot products; `sums` has a second vector for each row where
-// that makes longer chains of independent additions.
-template <int R, int S, int G, typename W>
-PRUNEPATH_INLINE void dot_step(const W* x, const Rows<G, W>& rows, int64_t i,
-                               Floats (&sums)[R][S]) {
-  for (int64_t j = i; j < i + step_size<W>(); j += 2 * kLanes) {
+// What a step adds to a dot product.
+template <typename W>
+PRUNEPATH_INLINE void dot_step(const W* x, const W* row, Pair& sum) {
+  for (int64_t j = 0; j < step_size<W>(); j += 2 * kLanes) {
     const Pair xs = load_pair(x + j);
-    for (int r = 0; r < R; ++r) {
-      const Pair w = load_pair(rows.row(r) + j);
-      sums[r][0] += xs.a * w.a;
-      sums[r][S - 1] += xs.b * w.b;
-    }
+    const Pair w = load_pair(row + j);
+    sum.a += xs.a * w.a;
+    sum.b += xs.b * w.b;
   }
 }
 
 #if defined(__AVX512BF16__) && PRUNEPATH_LANES == 16
 // Products of bfloat16 are exact in float32, so that this differs in the order of the sum alone.
-template <int R, int S, int G>
-PRUNEPATH_INLINE void dot_step(const BFloat16* x, const Rows<G, BFloat16>& rows, int64_t i,
-                               Floats (&sums)[R][S]) {
-  const auto xs = (__m512bh)load_bits<Words>(x + i);
-  for (int r = 0; r < R; ++r) {
-    const auto w = (__m512bh)load_bits<Words>(rows.row(r) + i);
-    sums[r][0] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][0], xs, w);
-  }
+PRUNEPATH_INLINE void dot_step(const BFloat16* x, const BFloat16* row, Pair& sum) {
+  const auto xs = (__m512bh)load_bits<Words>(x);
+  const auto w = (__m512bh)load_bits<Words>(row);
+  sum.a = (Floats)_mm512_dpbf16_ps((__m512)sum.a, xs, w);
 }
 #endif
 
-// out[r] = x . row r, for R rows. Prefetches as many that begin at `next`.
-template <int R, int G, typename W>
-PRUNEPATH_INLINE void dot_rows(const W* __restrict x, const Rows<G, W>& rows, const W* next,
-                               int64_t size, float* __restrict out) {
-  constexpr int kSums = R <= 4 ? 2 : 1;
-  const Rows<G, W> ahead{next, rows.stride, rows.inner};
-  Floats sums[R][kSums] = {};
+// x . row. Asks for the row at `ahead` meanwhile.
+template <typename W>
+PRUNEPATH_INLINE float dot_row(const W* __restrict x, const W* __restrict row, const W* ahead,
+                               int64_t size) {
+  constexpr int64_t kStep = step_size<W>();
+  Pair sums[kUnroll] = {};
   int64_t i = 0;
-  for (; i + step_size<W>() <= size; i += step_size<W>()) {
-    for (int r = 0; r < R; ++r) {
-      prefetch_step(ahead.row(r) + i);
+  for (; i + kUnroll * kStep <= size; i += kUnroll * kStep) {
+    for (int64_t u = 0; u < kUnroll; ++u) {
+      prefetch_step(ahead + i + u * kStep);
     }
-    dot_step(x, rows, i, sums);
-  }
-  for (int r = 0; r < R; ++r) {
-    float sum = sum_lanes(kSums == 2 ? sums[r][0] + sums[r][kSums - 1] : sums[r][0]);
-    for (int64_t j = i; j < size; ++j) {
-      sum += to_float(x[j]) * to_float(rows.row(r)[j]);
+    for (int64_t u = 0; u < kUnroll; ++u) {
+      dot_step(x + i + u * kStep, row + i + u * kStep, sums[u]);
     }
-    out[r] = sum;
   }
+  for (; i + kStep <= size; i += kStep) {
+    prefetch_step(ahead + i);
+    dot_step(x + i, row + i, sums[0]);
+  }
+  Floats total = {};
+  for (const Pair& sum : sums) {
+    total += sum.a + sum.b;
+  }
+  float sum = sum_lanes(total);
+  for (; i < size; ++i) {
+    sum += to_float(x[i]) * to_float(row[i]);
+  }
+  return sum;
 }
 
-// y += sum over r of scale[r] * rows[r * size] for R rows that follow each other, y in the order of
-// `Pair`. Prefetches the rows at `next`.
-template <int R, typename W>
-PRUNEPATH_INLINE void add_rows(const float* __restrict scale, const W* __restrict rows,
-                               const W* next, int64_t size, float* __restrict y) {
-  int64_t i = 0;
-  for (; i + step_size<W>() <= size; i += step_size<W>()) {
-    for (int r = 0; r < R; ++r) {
-      prefetch_step(next + r * size + i);
+// y += scale * row, y in the order of `Pair`. Asks for the row at `ahead` meanwhile.
+template <typename W>
+PRUNEPATH_INLINE void add_row(float scale, const W* __restrict row, const W* ahead, int64_t size,
+                              float* __restrict y) {
+  constexpr int64_t kStep = step_size<W>();
+  const auto step = [&](int64_t i) {
+    for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
+      const Pair w = load_pair(row + j);
+      store(y + j, load(y + j) + scale * w.a);
+      store(y + j + kLanes, load(y + j + kLanes) + scale * w.b);
     }
-    for (int64_t j = i; j < i + step_size<W>(); j += 2 * kLanes) {
-      Pair sum = {load(y + j), load(y + j + kLanes)};
-      for (int r = 0; r < R; ++r) {
-        const Pair w = load_pair(rows + r * size + j);
-        sum.a += scale[r] * w.a;
-        sum.b += scale[r] * w.b;
-      }
-      store(y + j, sum.a);
-      store(y + j + kLanes, sum.b);
+  };
+  int64_t i = 0;
+  for (; i + kUnroll * kStep <= size; i += kUnroll * kStep) {
+    for (int64_t u = 0; u < kUnroll; ++u) {
+      prefetch_step(ahead + i + u * kStep);
+    }
+    for (int64_t u = 0; u < kUnroll; ++u) {
+      step(i + u * kStep);
     }
   }
+  for (; i + kStep <= size; i += kStep) {
+    prefetch_step(ahead + i);
+    step(i);
+  }
   for (; i < size; ++i) {
-    for (int r = 0; r < R; ++r) {
-      y[i] += scale[r] * to_float(rows[r * size + i]);
-    }
+    y[i] += scale * to_float(row[i]);
   }
 }
 
@@ -151,49 +160,6 @@ struct Task {
   int64_t x_stride;
   float* partial;  // [tile, hidden_size] in the order of `Pair`
 };
-
-// R neurons of one expert, from `neuron` on, for every token of the mask; prefetches those from
-// `next` on.
-template <int R, int G, typename W>
-PRUNEPATH_INLINE void run_block(const Task<W>& task, int64_t neuron, int64_t next, uint64_t mask) {
-  const FfnWeights& weights = task.weights;
-  const int64_t H = weights.layout.hidden_size;
-  const W* w_in = static_cast<const W*>(weights.w_in);
-  const W* w_out = static_cast<const W*>(weights.w_out);
-  const int64_t stride = weights.in_strides.neuron;
-  const Rows<G, W> in{w_in + neuron * stride, stride, weights.in_strides.inner};
-  const W* out = w_out + out_offset(weights.layout, neuron);
-  for (; mask != 0; mask &= mask - 1) {
-    const int64_t token = __builtin_ctzll(mask);
-    float pre[R * G];
-    dot_rows<R * G>(task.x + token * task.x_stride, in, w_in + next * stride, H, pre);
-    float h[R];
-    for (int r = 0; r < R; ++r) {
-      const int64_t bias = (neuron + r) * G;
-      h[r] = activate(weights.activation, pre[r * G] + parameter(weights.b_in, bias));
-      if (G == 2) {
-        h[r] *= pre[r * G + 1] + parameter(weights.b_in, bias + 1);
-      }
-      h[r] -= parameter(weights.center, neuron + r);
-    }
-    add_rows<R>(h, out, w_out + out_offset(weights.layout, next), H, task.partial + token * H);
-    next = neuron;  // once is enough
-  }
-}
-
-// The largest block of at most R neurons that fits in `left`; returns its size.
-template <int R, int G, typename W>
-PRUNEPATH_INLINE int64_t run_some(const Task<W>& task, int64_t neuron, int64_t left,
-                                  int64_t next_span, uint64_t mask) {
-  if (left >= R) {
-    run_block<R, G>(task, neuron, left > R ? neuron + R : next_span, mask);
-    return R;
-  }
-  if constexpr (R > 1) {
-    return run_some<R / 2, G>(task, neuron, left, next_span, mask);
-  }
-  return left;
-}
 
 // What a step adds to R x T dot products, of R rows of weights and T tokens.
 template <int R, int T, int G, typename W>
@@ -475,7 +441,7 @@ PRUNEPATH_INLINE void activate_span(const FfnWeights& weights, Span& span) {
 }
 
 template <int G, typename W>
-PRUNEPATH_INLINE void run_span(const Task<W>& task, Span& span) {
+PRUNEPATH_INLINE void run_tiles(const Task<W>& task, Span& span) {
   const FfnWeights& weights = task.weights;
   int64_t at = 0;
   dot_neurons<kTileRows / G, G>(task, span, at);
@@ -483,6 +449,45 @@ PRUNEPATH_INLINE void run_span(const Task<W>& task, Span& span) {
   activate_span<G>(weights, span);
   const W* rows = static_cast<const W*>(weights.w_out) + out_offset(weights.layout, span.neuron);
   add_tokens(task, span, rows);
+}
+
+// Reads the weights row by row as they lie in memory. While a row is worked on, the one that comes
+// kAheadBytes later is asked for, across the end of each matrix into the rows that follow: those of
+// the neurons from `next` on.
+template <int G, typename W>
+PRUNEPATH_INLINE void run_rows(const Task<W>& task, Span& span, int64_t next) {
+  const FfnWeights& weights = task.weights;
+  const int64_t H = weights.layout.hidden_size;
+  const int64_t in_rows = span.size * G;
+  const int64_t ahead = rows_ahead<W>(H);
+  const W* out = static_cast<const W*>(weights.w_out) + out_offset(weights.layout, span.neuron);
+  const auto in_row = [&](int64_t neuron, int64_t r) {
+    return static_cast<const W*>(weights.w_in) + (neuron + r / G) * weights.in_strides.neuron +
+           r % G * weights.in_strides.inner;
+  };
+  const auto row_ahead = [&](int64_t r) {
+    r += ahead;
+    return r < in_rows               ? in_row(span.neuron, r)
+           : r < in_rows + span.size ? out + (r - in_rows) * H
+                                     : in_row(next, r - in_rows - span.size);
+  };
+  for (int64_t r = 0; r < in_rows; ++r) {
+    const W* row = in_row(span.neuron, r);
+    const W* later = row_ahead(r);
+    for (int t = 0; t < span.num_tokens; ++t) {
+      span.pre[t * 2 * kSpanNeurons + r] =
+          dot_row(task.x + span.tokens[t] * task.x_stride, row, t == 0 ? later : row, H);
+    }
+  }
+  activate_span<G>(weights, span);
+  for (int64_t r = 0; r < span.size; ++r) {
+    const W* row = out + r * H;
+    const W* later = row_ahead(in_rows + r);
+    for (int t = 0; t < span.num_tokens; ++t) {
+      add_row(span.hidden[t * kSpanNeurons + r], row, t == 0 ? later : row, H,
+              task.partial + span.tokens[t] * H);
+    }
+  }
 }
 
 // Adds `partial`, in the order of `Pair`, to `sum` and clears it.
@@ -508,64 +513,57 @@ PRUNEPATH_INLINE void flush(uint64_t mask, int64_t size, float* __restrict parti
   }
 }
 
-// Neurons [neuron, end) of one expert for the tokens of a mask, all of which are the span's.
+// Neurons [neuron, end) of one expert for the tokens of a mask; `next` are worked on after them.
 template <int G, typename W>
 PRUNEPATH_INLINE void run_tokens(const Task<W>& task, Span& span, int64_t neuron, int64_t end,
-                                 uint64_t mask) {
+                                 int64_t next, uint64_t mask, bool tiles) {
   span.num_tokens = 0;
   for (; mask != 0; mask &= mask - 1) {
     span.tokens[span.num_tokens++] = static_cast<int8_t>(__builtin_ctzll(mask));
   }
-  const int64_t row_bytes = task.weights.layout.hidden_size * static_cast<int64_t>(sizeof(W));
-  const int64_t fitting = kSpanBytes / (row_bytes + 1);
-  const int64_t longest = fitting < 8 ? 8 : fitting < kSpanNeurons ? fitting : kSpanNeurons;
+  int64_t longest = kSpanNeurons;
+  if (tiles) {
+    const int64_t row_bytes = task.weights.layout.hidden_size * static_cast<int64_t>(sizeof(W));
+    const int64_t fitting = kSpanBytes / (row_bytes + 1);
+    longest = fitting < 8 ? 8 : fitting < kSpanNeurons ? fitting : kSpanNeurons;
+  }
   for (span.neuron = neuron; span.neuron < end; span.neuron += span.size) {
     span.size = end - span.neuron < longest ? end - span.neuron : longest;
-    run_span<G>(task, span);
+    if (kHasTiles && tiles) {
+      run_tiles<G>(task, span);
+    } else {
+      run_rows<G>(task, span, span.neuron + span.size < end ? span.neuron + span.size : next);
+    }
   }
 }
 
 template <int G, typename W>
 void run_neurons_typed(const FfnWeights& weights, const ActiveExperts& active, const void* x,
                        int64_t x_stride, int64_t begin, int64_t end, float* sum, float* partial) {
-  constexpr int kBlock = kRows / G < kMaxBlock ? kRows / G : kMaxBlock;
   const int64_t n = weights.layout.expert_width;
   const int64_t H = weights.layout.hidden_size;
   const Task<W> task{weights, static_cast<const W*>(x), x_stride, partial};
-  Span tokens_span;
+  // Not by an expert's own tokens, so that what others choose changes no bit of a token.
+  const bool tiles = kHasTiles && active.num_tokens > 1;
+  Span span;
   uint64_t touched = 0;
   int64_t in_partial = 0;
   while (begin < end) {
     // The part of one expert that is in the range.
     const int64_t position = begin / n;
     const int32_t expert = active.experts[position];
-    const int64_t left_in_expert = n - begin % n;
-    const int64_t span = left_in_expert < end - begin ? left_in_expert : end - begin;
-    int64_t neuron = expert * n + begin % n;
-    const int64_t span_end = neuron + span;
-    begin += span;
-    const int64_t next_span = begin < end ? active.experts[position + 1] * n : neuron;
-    const uint64_t mask = active.masks[expert];
-    touched |= mask;
-    if constexpr (kHasTiles) {
-      // Not by this expert's own tokens, so that what others choose changes no bit of a token.
-      if (active.num_tokens > 1) {
-        run_tokens<G>(task, tokens_span, neuron, span_end, mask);
-        in_partial += span;
-        neuron = span_end;
-      }
-    }
-    while (neuron < span_end) {
-      const int64_t done = run_some<kBlock, G>(task, neuron, span_end - neuron, next_span, mask);
-      neuron += done;
-      in_partial += done;
-      if (in_partial >= kPartialNeurons) {
-        flush<W>(touched, H, partial, sum);
-        touched = neuron < span_end ? mask : 0;
-        in_partial = 0;
-      }
-    }
-    if (in_partial >= kPartialNeurons) {
+    const int64_t left = n - begin % n < end - begin ? n - begin % n : end - begin;
+    const int64_t room = kPartialNeurons - in_partial;
+    const int64_t size = left < room ? left : room;
+    const int64_t neuron = expert * n + begin % n;
+    begin += size;
+    const int64_t next = size < left   ? neuron + size
+                         : begin < end ? active.experts[position + 1] * n
+                                       : neuron;
+    touched |= active.masks[expert];
+    run_tokens<G>(task, span, neuron, neuron + size, next, active.masks[expert], tiles);
+    in_partial += size;
+    if (in_partial == kPartialNeurons) {
       flush<W>(touched, H, partial, sum);
       touched = 0;
       in_partial = 0;
@@ -574,35 +572,19 @@ void run_neurons_typed(const FfnWeights& weights, const ActiveExperts& active, c
   flush<W>(touched, H, partial, sum);
 }
 
-// Logits of the largest block of at most R experts that fits in `left`; returns its size.
-template <int R, typename W>
-PRUNEPATH_INLINE int64_t router_block(const W* x, int64_t x_stride, int64_t num_tokens,
-                                      int64_t hidden_size, const W* rows, int64_t left,
-                                      float* logits, int64_t num_experts) {
-  if (left >= R) {
-    const W* next = left >= 2 * R ? rows + R * hidden_size : rows;
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      dot_rows<R>(x + t * x_stride, Rows<1, W>{rows, hidden_size, 0}, next, hidden_size,
-                  logits + t * num_experts);
-      next = rows;
-    }
-    return R;
-  }
-  if constexpr (R > 1) {
-    return router_block<R / 2>(x, x_stride, num_tokens, hidden_size, rows, left, logits,
-                               num_experts);
-  }
-  return left;
-}
-
 template <typename W>
 void router_logits_typed(const void* x, int64_t x_stride, int64_t num_tokens, int64_t hidden_size,
                          int64_t num_experts, const void* weight, const Parameter& bias,
                          int64_t begin, int64_t end, float* logits) {
-  for (int64_t e = begin; e < end;) {
-    e += router_block<kRows>(static_cast<const W*>(x), x_stride, num_tokens, hidden_size,
-                             static_cast<const W*>(weight) + e * hidden_size, end - e, logits + e,
-                             num_experts);
+  const int64_t ahead = rows_ahead<W>(hidden_size);
+  for (int64_t e = begin; e < end; ++e) {
+    const W* row = static_cast<const W*>(weight) + e * hidden_size;
+    const W* next = e + ahead < end ? row + ahead * hidden_size : row;
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      logits[t * num_experts + e] =
+          dot_row(static_cast<const W*>(x) + t * x_stride, row, next, hidden_size);
+      next = row;
+    }
   }
   if (bias.data != nullptr) {
     for (int64_t t = 0; t < num_tokens; ++t) {
