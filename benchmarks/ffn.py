@@ -12,6 +12,8 @@ many as it takes for a round to read several times the last-level cache, and a r
 of the read bandwidth, is taken in turn. Times are medians of those rounds, per call. On a GPU a round is one CUDA
 graph, timed by events on the device; the bandwidth of a copy, counted in both directions, is measured too.
 
+Calls of more than 64 tokens are timed through `SparseFFN` too, which computes them densely and masks them.
+
 The baselines are dense (F.linear, cuBLAS on a GPU; oneDNN with weights packed beforehand) or read the active experts
 alone (F.grouped_mm over lists of tokens per expert that are made beforehand; index_select, which copies the weights,
 and F.linear; with "(T)" the copy of the down projection is transposed too, which suits some of torch's half-precision
@@ -304,6 +306,28 @@ def operators(inputs: list[Inputs], activation: str, nbytes: float) -> list[Cand
     return candidates
 
 
+def prefill_candidate(inputs: list[Inputs], activation: str, nbytes: float) -> Candidate:
+    """The module, which computes calls of many tokens densely and masks them."""
+    module = Candidate("SparseFFN", [], nbytes + inputs[0].layer.router.nbytes)
+    for given in inputs:
+        num_experts, _, per_neuron, _ = given.layer.w_in.shape
+        *gate, up = given.layer.w_in.flatten(0, 1).unbind(1)
+        weights = {"gate": gate[0], "up": up} if per_neuron == 2 else {"up": up}
+        weights["down"] = given.layer.w_out.flatten(0, 1).t()
+        dense = torch.nn.ModuleDict()
+        for name, weight in weights.items():
+            dense[name] = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+            dense[name].weight = torch.nn.Parameter(weight.contiguous(), requires_grad=False)
+        layout = FFNLayout(gate="gate" if "gate" in weights else None, up="up", down="down", activation=activation)
+        ffn = SparseFFN(dense, layout, num_experts).eval()
+        ffn.router.weight.copy_(given.layer.router)
+        ffn.router.bias.zero_()
+        ffn.pack()
+        ffn.set_request_thresholds(given.threshold.tolist())
+        module.calls.append(partial(ffn, given.x))
+    return module
+
+
 class MixtureOfExperts:
     """What transformers' expert kernels read of a module of theirs, whose weights they want in another layout."""
 
@@ -360,6 +384,8 @@ def sparse_candidates(inputs: list[Inputs], activation: str) -> list[Candidate]:
         sizes = given.union[experts].bincount(minlength=len(layer.w_in))
         grouped.calls.append(partial(grouped_mm_ffn, given, token_of, sizes.cumsum(0).int(), activation))
     candidates = [*operators(inputs, activation, nbytes), grouped, selected, transposed]
+    if len(inputs[0].x) > MEMORY_BOUND_TOKENS:
+        candidates.insert(2, prefill_candidate(inputs, activation, nbytes))
     if inputs[0].x.is_cuda:
         candidates += transformers_candidates(inputs[:2], activation, nbytes)
     return candidates

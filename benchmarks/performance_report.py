@@ -258,7 +258,7 @@ def ffn_targets(files: list[dict]) -> list[Target]:
         ),
         Target(
             "CPU, prefill: against the best dense FFN",
-            pick("cpu", "routed_ffn", lambda r: r["batch"] > 64, over_dense, 0.9),
+            pick("cpu", "SparseFFN", lambda r: r["batch"] > 64, over_dense, 0.9),
             "x",
         ),
     ]
