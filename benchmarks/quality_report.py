@@ -66,34 +66,40 @@ class Table:
     def baselines(self) -> list[str]:
         return [m for m in self.methods if m not in (OURS, "dense", *BOUNDS)]
 
-    def mean_scores(self, *keys: tuple) -> list[tuple[np.ndarray, np.ndarray]] | None:
-        """For each key the example scores, averaged over the seeds that all of them have, and their weights."""
-        found = [self.results.get(key, {}) for key in keys]
-        seeds = set.intersection(*map(set, found))
-        if not seeds:
-            return None
-        first = min(seeds)
-        return [(np.mean([each[s]["scores"] for s in sorted(seeds)], axis=0), each[first]["weights"]) for each in found]
+    def seeds(self, *keys: tuple) -> list[int]:
+        """The seeds that all the keys have."""
+        return sorted(set.intersection(*(set(self.results.get(key, ())) for key in keys)))
 
-    def quality(self, key: tuple) -> float | None:
-        found = self.mean_scores(key)
-        return None if found is None else _quality(*found[0])
+    def quality(self, key: tuple, seeds: list[int] | None = None) -> float | None:
+        """The mean over seeds; None without any."""
+        found = self.results.get(key, {})
+        values = [_quality(found[seed]) for seed in (found if seeds is None else seeds)]
+        return sum(values) / len(values) if values else None
 
-    def loss(self, key: tuple, reference_finetuned: bool | None = None) -> float | None:
-        """Share of the dense model's quality that is lost, against the dense model with the same extra training."""
-        finetuned = key[2] if reference_finetuned is None else reference_finetuned
-        found = self.mean_scores(key, (key[0], "dense", finetuned, 1.0))
-        if found is None:
-            return None
-        value, dense = (_quality(*each) for each in found)
-        if not dense:
+    def loss(self, key: tuple, seed: int | None = None) -> float | None:
+        """Share of the dense model's quality that is lost, against the dense model with the same extra training.
+
+        Over the seeds that both have, or at one of them.
+        """
+        reference = (key[0], "dense", key[2], 1.0)
+        seeds = [s for s in self.seeds(key, reference) if seed in (None, s)]
+        value, dense = self.quality(key, seeds), self.quality(reference, seeds)
+        if value is None or not dense:
             return None
         rise = value / dense - 1.0
         return rise if self.tasks[key[0]]["metric"] == "bits_per_byte" else -rise
 
-    def mean_loss(self, method: str, finetuned: bool, budget: float) -> float | None:
-        losses = [self.loss((task, method, finetuned, budget)) for task in self.tasks]
+    def mean_loss(self, method: str, finetuned: bool, budget: float, seed: int | None = None) -> float | None:
+        """The mean of `loss` over tasks; None where one is missing."""
+        losses = [self.loss((task, method, finetuned, budget), seed) for task in self.tasks]
         return None if None in losses else sum(losses) / len(losses)
+
+    def spread(self, method: str, finetuned: bool, budget: float) -> float | None:
+        """The standard deviation over seeds of `mean_loss`; None with fewer than two complete seeds."""
+        seeds = self.seeds(*((task, method, finetuned, budget) for task in self.tasks))
+        values = [self.mean_loss(method, finetuned, budget, seed) for seed in seeds]
+        values = [value for value in values if value is not None]
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
     def best_baseline(self, task: str, finetuned: bool, budget: float, *, one_checkpoint: bool = False) -> str | None:
         """The baseline that loses least; with `one_checkpoint`, out of those that serve all budgets with one."""
@@ -103,21 +109,22 @@ class Table:
         return min(losses, key=losses.get) if losses else None
 
     def lead(self, task: str, other: str, finetuned: bool, budget: float) -> tuple[float, float] | None:
-        """95 % interval of the lost share of quality, ours minus the other's, by a paired bootstrap over examples."""
-        keys = [(task, method, finetuned, budget) for method in (OURS, other)]
-        found = self.mean_scores(*keys, (task, "dense", finetuned, 1.0))
-        if found is None:
+        """95 % interval of the lost share of quality, ours minus the other's, by a paired bootstrap.
+
+        It draws examples and seeds, each with replacement; a seed's partition and data are the same for all methods.
+        """
+        keys = [(task, method, finetuned, budget) for method in (OURS, other)] + [(task, "dense", finetuned, 1.0)]
+        seeds = self.seeds(*keys)
+        if not seeds:
             return None
-        ours, theirs, dense = found
+        ours, theirs, dense = (np.stack([self.results[key][seed]["scores"] for seed in seeds]) for key in keys)
         random = np.random.default_rng(0)
-        picks = random.integers(0, len(dense[1]), (_RESAMPLES, len(dense[1])))
+        # How often each is drawn.
+        examples = random.multinomial(dense.shape[1], np.full(dense.shape[1], 1.0 / dense.shape[1]), _RESAMPLES)
+        drawn = random.multinomial(len(seeds), np.full(len(seeds), 1.0 / len(seeds)), _RESAMPLES)
+        gap, whole = (((examples @ values.T) * drawn).sum(1) for values in (ours - theirs, dense))
         sign = 1.0 if self.tasks[task]["metric"] == "bits_per_byte" else -1.0
-        difference = np.empty(_RESAMPLES)
-        for start in range(0, _RESAMPLES, 500):
-            part = picks[start : start + 500]
-            gap = (ours[0] - theirs[0])[part].sum(1)
-            difference[start : start + 500] = sign * gap / np.maximum(dense[0][part].sum(1), 1e-12)
-        low, high = np.quantile(difference, (0.025, 0.975))
+        low, high = np.quantile(sign * gap / np.maximum(whole, 1e-12), (0.025, 0.975))
         return float(low), float(high)
 
     def missed(self) -> list[str]:
@@ -131,8 +138,8 @@ class Table:
         ]
 
 
-def _quality(scores: np.ndarray, weights: np.ndarray) -> float:
-    return float(scores.sum() / weights.sum())
+def _quality(result: dict) -> float:
+    return float(result["scores"].sum() / result["weights"].sum())
 
 
 def verdict(interval: tuple[float, float] | None) -> str:
@@ -187,7 +194,8 @@ def render(table: Table, notes: str) -> str:
         "Every method starts from the same dense model of a task and gets the same data, steps, trainable backbone,\n"
         "distillation from the dense model and search over learning rates (on validation data). Numbers are the share\n"
         "of the dense model's quality that is lost (rise in bits per byte, drop in accuracy or ROUGE-L), that model\n"
-        "having had the same extra training: lower is better.\n\n"
+        "having had the same extra training: lower is better. Methods are compared on the seeds that both have, and\n"
+        "intervals are of a paired bootstrap over test examples and seeds.\n\n"
     )
     head("task", "model", "metric", "test examples", "dense", "dense with extra training")
     for name, task in table.tasks.items():
@@ -229,8 +237,12 @@ def render(table: Table, notes: str) -> str:
                 label = f"**{method}**" if method == OURS else f"{method} (bound)" if method in BOUNDS else method
                 kind = "one" if table.methods.get(method, True) else "one per budget"
                 count = "–".join(str(n) for n in sorted({min(seeds), max(seeds)}))
-                row(label, kind, count, *cells, percent(table.mean_loss(method, tuned, budget)))
-    out.write("\nIn italics: the best baseline of a task.\n\n## How the budget adapts\n\n")
+                mean, spread = percent(table.mean_loss(method, tuned, budget)), table.spread(method, tuned, budget)
+                row(label, kind, count, *cells, mean if spread is None else f"{mean} ± {100 * spread:.1f}")
+    out.write(
+        "\nIn italics: the best baseline of a task. ±: the standard deviation of the mean over seeds.\n\n"
+        "## How the budget adapts\n\n"
+    )
     head(
         "task", "budget", "experts per token (5th, 50th, 95th percentile)", "active fraction of the FFNs, least to most"
     )
@@ -261,7 +273,7 @@ def rows(table: Table) -> list[dict]:
             "budget": budget,
             "seed": seed,
             "metric": table.tasks[task]["metric"],
-            "quality": float(result["scores"].sum() / result["weights"].sum()),
+            "quality": _quality(result),
             "active_fraction": result["active_fraction"],
         }
         for (task, method, tuned, budget), seeds in table.results.items()

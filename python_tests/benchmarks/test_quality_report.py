@@ -98,6 +98,29 @@ def test_seeds_are_averaged():
     assert table.loss(("lm", "prunepath", True, 0.25)) == pytest.approx(0.04, abs=2e-3)
 
 
+def test_a_lead_that_depends_on_the_seed_is_none():
+    same = cells({"prunepath": 0.02, "topk": 0.05})
+    table = report.Table(data(same + cells({"prunepath": 0.02, "topk": 0.05}, seed=1)))
+    assert report.verdict(table.lead("lm", "topk", True, 0.25)) == "ahead of"
+    table = report.Table(data(same + cells({"prunepath": 0.05, "topk": 0.04}, seed=1)))
+    assert report.verdict(table.lead("lm", "topk", True, 0.25)) == "level with"
+    assert table.loss(("lm", "prunepath", True, 0.25)) < table.loss(("lm", "topk", True, 0.25))
+
+
+def test_methods_are_compared_on_the_seeds_that_both_have():
+    rows = cells({"prunepath": 0.02, "topk": 0.05}) + cells({"prunepath": 0.9}, seed=1)
+    table = report.Table(data(rows))
+    assert report.verdict(table.lead("lm", "topk", True, 0.25)) == "ahead of"
+
+
+def test_the_spread_is_over_seeds(tmp_path):
+    rows = [*cells({"prunepath": 0.02}), *cells({"prunepath": 0.04}, seed=1), *cells({"prunepath": 0.06}, seed=2)]
+    table = report.Table(data(rows))
+    assert table.spread("prunepath", True, 0.25) == pytest.approx(0.02, abs=1e-3)
+    assert report.Table(data(rows[:2])).spread("prunepath", True, 0.25) is None
+    assert " % ± 2.0 |" in written(tmp_path, rows)
+
+
 def test_the_document_says_what_was_reached_and_what_was_missed(tmp_path):
     rows = cells({"prunepath": 0.04, "topk": 0.08, "static-flap": 0.09, "random": 0.5})
     rows[1]["results"][0]["active_fraction"] = 0.52
