@@ -1,7 +1,7 @@
 """Finds the fastest configurations of the Triton FFN kernels on this GPU, and writes them to triton_kernels/tuned.py.
 
-    python benchmarks/tune_triton.py                                     # four real shapes, 1, 4, 8 and 32 tokens
-    python benchmarks/tune_triton.py --shapes llama-3-8b --batch 1,2,4 --seconds 60 --output tuned.py
+    python benchmarks/tune_triton.py                                     # four real shapes, 1, 8 and 32 tokens
+    python benchmarks/tune_triton.py --shapes llama-3-8b --batch 1,64 --seconds 60 --output tuned.py
 
 A configuration of `routed_ffn` is timed only after its result was compared with a float64 reference. Times are those of
 CUDA graphs over several layers, so that the weights come from memory, and the score is the geometric mean over the
@@ -157,7 +157,7 @@ class Case:
 
 def plans(shape: configs.Shape, tokens: int) -> list[list]:
     """What is to be compiled: the table's entries of all candidates, in lists for one process each."""
-    if tokens <= configs.MAX_FUSED_TOKENS:
+    if configs.is_fused(shape, tokens):
         unique = {
             candidate[1:]: candidate for candidate in fused_candidates(shape, tokens)
         }  # of any number of programs
@@ -172,7 +172,7 @@ def plans(shape: configs.Shape, tokens: int) -> list[list]:
 
 def tune(case: Case, deadline: float) -> tuple[tuple, float]:
     shape, tokens = case.shape, case.tokens
-    if tokens <= configs.MAX_FUSED_TOKENS:
+    if configs.is_fused(shape, tokens):
         default = configs.default_fused(shape, tokens)
         return case.best([default, *fused_candidates(shape, tokens)], deadline)
     hidden, output = configs.default_hidden(shape, tokens), configs.default_output(shape, tokens)
@@ -195,7 +195,12 @@ def write_table(path: Path, found: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", type=choices(SHAPES), default=list(SHAPES))
-    parser.add_argument("--batch", type=whole_numbers, default=[1, 4, 8, 32], help="tokens in a call, up to 64")
+    parser.add_argument(
+        "--batch",
+        type=whole_numbers,
+        default=[1, 8, 32],
+        help="tokens in a call, up to 64; 8 stands for all from 2 to 16",
+    )
     parser.add_argument("--active", type=whole_numbers, default=[10, 50], help="percent of the experts")
     parser.add_argument("--dtype", choices=list(TOLERANCES), default="bfloat16")
     parser.add_argument("--seconds", type=float, default=90, help="for the timing of all, after compiling")

@@ -13,8 +13,10 @@ import torch
 from . import tuned
 from .arithmetic import INTERPRETED
 
-MAX_FUSED_TOKENS = 4
 MAX_DECODE_TOKENS = 64
+MIN_BLOCK_TOKENS = 16  # of a product on tensor cores
+# Elements that a fused program keeps of x, and of the output: more do not fit in its registers.
+_MAX_FUSED_ELEMENTS = 16384
 
 
 class Fused(NamedTuple):
@@ -55,9 +57,16 @@ class Shape(NamedTuple):
     dtype: torch.dtype
 
 
-def bucket(num_tokens: int) -> int:
-    """The numbers of tokens that share a configuration: 1, 2, 4, 8, 16, 32 and 64 stand for those up to them."""
-    return 1 << (num_tokens - 1).bit_length()
+def is_fused(shape: Shape, num_tokens: int) -> bool:
+    """Whether a call takes `fused_kernel`. In half precision, tensor cores are faster from two tokens on."""
+    most = 4 if shape.dtype == torch.float32 else 1
+    return num_tokens <= most and _ceil_power_of_two(num_tokens) * block_hidden(shape) <= _MAX_FUSED_ELEMENTS
+
+
+def bucket(shape: Shape, num_tokens: int) -> int:
+    """The most tokens that share a configuration: 1, 2 or 4 if they are fused, else 16, 32 or 64."""
+    most = _ceil_power_of_two(num_tokens)
+    return most if is_fused(shape, num_tokens) else max(MIN_BLOCK_TOKENS, most)
 
 
 @functools.cache
@@ -81,7 +90,7 @@ def num_multiprocessors(device: torch.device) -> int:
 def key(arch: str, shape: Shape, num_tokens: int) -> tuple:
     """Where `tuned.TABLE` has a configuration."""
     dtype = str(shape.dtype).removeprefix("torch.")
-    return (arch, shape.hidden_size, shape.intermediate_size, shape.inner, dtype, bucket(num_tokens))
+    return (arch, shape.hidden_size, shape.intermediate_size, shape.inner, dtype, bucket(shape, num_tokens))
 
 
 def fused(arch: str, shape: Shape, num_tokens: int) -> Fused:
@@ -96,6 +105,11 @@ def hidden_and_output(arch: str, shape: Shape, num_tokens: int) -> tuple[Hidden,
     return Hidden(*found[0]), Output(*found[1])
 
 
+def _ceil_power_of_two(number: int) -> int:
+    """The smallest one that is not below `number`, which is at least 1."""
+    return 1 << (number - 1).bit_length()
+
+
 def _power_of_two(number: float) -> int:
     """The largest one that is not above `number`, and at least 1."""
     return 1 << max(0, int(number).bit_length() - 1)
@@ -103,7 +117,7 @@ def _power_of_two(number: float) -> int:
 
 def block_hidden(shape: Shape) -> int:
     """Columns of a fused program's blocks: whole rows."""
-    return max(64, 1 << max(0, shape.hidden_size - 1).bit_length())
+    return max(64, _ceil_power_of_two(max(1, shape.hidden_size)))
 
 
 def default_fused(shape: Shape, num_tokens: int) -> Fused:
@@ -119,7 +133,9 @@ def default_fused(shape: Shape, num_tokens: int) -> Fused:
 def default_hidden(shape: Shape, num_tokens: int) -> Hidden:
     if shape.dtype == torch.float32:
         return Hidden(2, 16, 32, 4, 2)
-    return Hidden(2, 32, 128 if shape.hidden_size >= 1024 else 64, 4, 3)
+    if shape.hidden_size < 1024:
+        return Hidden(2, 32, 64, 4, 3)
+    return Hidden(1, 32, 128, 4, 5) if num_tokens <= 16 else Hidden(2, 32, 128, 4, 3)
 
 
 def default_output(shape: Shape, num_tokens: int) -> Output:

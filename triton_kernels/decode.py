@@ -4,9 +4,9 @@ An active neuron k is neuron list[k / n]·n + k % n, where `list` are the expert
 takes an equal range of active neurons, whatever their number, which it reads on the device: grids depend on shapes
 alone. Tokens that did not choose an expert get zeros for its neurons' activations.
 
-Up to 4 tokens: `router_kernel`, then `fused_kernel`, whose programs each compute their neurons' activations and these
-neurons' part of the output, and the last programs to finish add the parts. More tokens: `router_dot_kernel`,
-`hidden_kernel` for the activations, `output_kernel` for the output. All sums have a fixed order.
+One token, in float32 up to 4: `router_kernel`, then `fused_kernel`, whose programs each compute their neurons'
+activations and these neurons' part of the output, and the last programs to finish add the parts. More tokens:
+`router_dot_kernel`, `hidden_kernel` for the activations, `output_kernel` for the output. All sums have a fixed order.
 """
 
 import triton

@@ -9,12 +9,10 @@ from torch import Tensor
 from . import configs, decode, prefill
 from .arithmetic import INTERPRETED
 from .checks import in_strides
-from .configs import MAX_DECODE_TOKENS, MAX_FUSED_TOKENS, Shape
+from .configs import MAX_DECODE_TOKENS, MIN_BLOCK_TOKENS, Shape
 from .route import route_into
 from .selection import MAX_COMPARED_EXPERTS, NUM_COUNTERS
 
-# Elements that a fused program keeps of x, and of the output: more do not fit in its registers.
-_MAX_FUSED_ELEMENTS = 16384
 _ROUTER_SPLITS = 8
 _REDUCED_COLUMNS = 128
 _MAX_REDUCERS = 32
@@ -55,13 +53,6 @@ class _Space:
 def shape_of(w_in: Tensor) -> Shape:
     num_experts, width, inner, hidden_size = w_in.shape
     return Shape(hidden_size, num_experts * width, inner, w_in.dtype)
-
-
-def _is_fused(shape: Shape, num_tokens: int) -> bool:
-    return (
-        num_tokens <= MAX_FUSED_TOKENS
-        and configs.bucket(num_tokens) * configs.block_hidden(shape) <= _MAX_FUSED_ELEMENTS
-    )
 
 
 def _hidden_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -175,7 +166,7 @@ class _Split:
     def run(self, x, w_in, w_out, activation, b_in, b_out, center, router, expert_ids, counts, y) -> None:
         num_tokens, hidden_size = x.shape
         num_experts, width, inner, _ = w_in.shape
-        block_tokens = max(16, triton.next_power_of_2(num_tokens))
+        block_tokens = max(MIN_BLOCK_TOKENS, triton.next_power_of_2(num_tokens))
         if router is None:
             self.zeroed.all.zero_()
         else:
@@ -206,6 +197,7 @@ class _Split:
             BLOCK_HIDDEN=config.columns,
             num_warps=config.warps,
             num_stages=config.stages,
+            **_registers(config.programs * config.warps),
         )
         config = self.output_config
         decode.output_kernel[(triton.cdiv(hidden_size, config.columns), config.splits, 1)](
@@ -338,6 +330,13 @@ def _is_aligned(w_in: Tensor, w_out: Tensor) -> bool:
     return w_in.shape[3] % 16 == 0 and all(address % 16 == 0 for address in addresses)
 
 
+def _registers(warps: int) -> dict[str, int]:
+    """As many for a thread as so many warps of a multiprocessor can have: ptxas would leave room for more warps."""
+    if INTERPRETED or torch.version.hip is not None:
+        return {}
+    return {"maxnreg": min(255, 65536 // (32 * warps))}
+
+
 def _num_selectors(num_tokens: int, programs: int) -> int:
     return 1 if INTERPRETED else min(num_tokens, programs)
 
@@ -375,7 +374,7 @@ def _router_logits(x: Tensor, router: Router, logits: Tensor, splits: int, zeros
 def _plan(num_tokens: int, w_in: Tensor) -> type[_Fused | _Split | _Grouped]:
     if num_tokens > MAX_DECODE_TOKENS:
         return _Grouped
-    return _Fused if _is_fused(shape_of(w_in), num_tokens) else _Split
+    return _Fused if configs.is_fused(shape_of(w_in), num_tokens) else _Split
 
 
 def workspace_size(num_tokens: int, w_in: Tensor) -> int:
@@ -384,12 +383,11 @@ def workspace_size(num_tokens: int, w_in: Tensor) -> int:
         return 0
     # A plan needs the more the more tokens it has; that of fewer tokens may need more than that of many.
     largest = 0
-    for most in (MAX_FUSED_TOKENS, MAX_DECODE_TOKENS, num_tokens):
-        for tokens in range(1, MAX_FUSED_TOKENS + 1) if most == MAX_FUSED_TOKENS else [most]:
-            if tokens <= num_tokens:
-                space = _Space(None)
-                _plan(tokens, w_in)(space, tokens, w_in, w_in.device)
-                largest = max(largest, space.size)
+    for tokens in (1, 2, 3, 4, 16, 32, MAX_DECODE_TOKENS, num_tokens):
+        if tokens <= num_tokens:
+            space = _Space(None)
+            _plan(tokens, w_in)(space, tokens, w_in, w_in.device)
+            largest = max(largest, space.size)
     return largest
 
 

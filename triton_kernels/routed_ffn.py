@@ -32,7 +32,8 @@ def routed_ffn(
     counts: Tensor | None = None,
     workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Router, `route` and `sparse_ffn` in one call: two kernels for up to 4 tokens, three for up to 64.
+    """Router, `route` and `sparse_ffn` in one call: three kernels for up to 64 tokens, and two for one token
+    or, in float32, up to 4.
 
     Equal bits for equal inputs on one device. Nothing waits for the GPU, and with `y`, `counts` and `workspace` nothing
     is allocated. Under a CUDA graph the experts follow x, the threshold and the weights of each replay.

@@ -1,6 +1,19 @@
 """Tuned configurations, as `benchmarks/tune_triton.py` writes them: see `configs.py` for what they mean.
 
-(architecture, H, D, G, dtype, most tokens) -> Fused, or (Hidden, Output) for more than 4 tokens.
+(architecture, H, D, G, dtype, most tokens) -> Fused, or (Hidden, Output) where there are more tokens than are fused.
 """
 
-TABLE = {}
+TABLE = {
+    ("sm_90", 1024, 4096, 1, "bfloat16", 1): (1, 8, 8, 1),
+    ("sm_90", 1024, 4096, 1, "bfloat16", 16): ((1, 32, 256, 4, 3), (32, 128, 8, 4, 5)),
+    ("sm_90", 1024, 4096, 1, "bfloat16", 32): ((1, 32, 128, 4, 5), (32, 64, 8, 4, 5)),
+    ("sm_90", 1536, 8960, 2, "bfloat16", 1): (1, 4, 8, 1),
+    ("sm_90", 1536, 8960, 2, "bfloat16", 16): ((1, 64, 128, 8, 3), (32, 128, 8, 4, 5)),
+    ("sm_90", 1536, 8960, 2, "bfloat16", 32): ((1, 16, 128, 4, 5), (64, 64, 16, 4, 5)),
+    ("sm_90", 4096, 14336, 2, "bfloat16", 1): (1, 4, 8, 2),
+    ("sm_90", 4096, 14336, 2, "bfloat16", 16): ((1, 32, 128, 4, 5), (64, 32, 8, 4, 5)),
+    ("sm_90", 4096, 14336, 2, "bfloat16", 32): ((2, 32, 128, 4, 3), (64, 32, 8, 4, 5)),
+    ("sm_90", 4096, 16384, 1, "bfloat16", 1): (1, 8, 8, 1),
+    ("sm_90", 4096, 16384, 1, "bfloat16", 16): ((1, 32, 128, 4, 5), (64, 32, 8, 4, 5)),
+    ("sm_90", 4096, 16384, 1, "bfloat16", 32): ((2, 32, 128, 4, 3), (64, 64, 8, 4, 5)),
+}

@@ -133,7 +133,6 @@ void run_ffn(FfnArgs args, const ExpertLayout& layout, int64_t num_tokens, Scala
   const bool routed = args.expert_ids == nullptr;
   WideSelection wide;
   lay_out(args, wide, layout, num_tokens, routed, device, workspace);
-  args.logit_splits = 1;
   for (int64_t begin = 0; begin < num_tokens; begin += kMaxCallTokens) {
     FfnArgs part =
         tokens_from(args, begin, std::min(kMaxCallTokens, num_tokens - begin), element_size);

@@ -63,8 +63,7 @@ struct FfnArgs {
   DeviceParameter router_bias;
 
   // Workspace.
-  float* logits;  // [logit_splits, T, E], of which the logits are the sums
-  int32_t logit_splits;
+  float* logits;       // [T, E], or in parts [.., T, E] to be added up
   uint32_t* counters;  // [num_counters], zero when the first kernel after the router's begins
   int32_t num_counters;
   uint32_t* active_bits;  // [T, ceil(E / 32)]

@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kTokens == 1 && kGates == 2 ? kThreadsWithRout
   if (args.expert_ids != nullptr) {
     mask_given_experts(args, first, tokens, mask);
   } else {
-    select_tokens<kTokens>(args, first, tokens, blockIdx.x == 0, scratch, mask);
+    select_tokens<kTokens, 1>(args, first, tokens, blockIdx.x == 0, scratch, mask);
   }
   const int active = list_active_experts(mask, E, list) * n;
   const int base = active / plan.blocks;

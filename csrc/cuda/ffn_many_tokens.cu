@@ -1,4 +1,4 @@
-// The FFN of 5 to 64 tokens in bfloat16 or float16, on tensor cores: the weights are the rows of
+// The FFN of 2 to 64 tokens in bfloat16 or float16, on tensor cores: the weights are the rows of
 // each product and the tokens its columns, 8 at a time. Weights go from memory to registers, 16
 // bytes a lane: the order of a dot product's terms is free, so a lane's 8 elements serve as those
 // that the instruction wants of it, in both operands alike.
@@ -44,22 +44,26 @@ __device__ __forceinline__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// c[nt] += the products of 16 rows with 8 tokens each, over the chunks from `begin` to `end`. A
-// lane's rows are lane / 4 and lane / 4 + 8, its tokens nt * 8 + lane / 4; the pointers are those
-// of its rows' first elements.
-template <typename W, int kTokenGroups>
-__device__ __forceinline__ void multiply_rows(float (&c)[kTokenGroups][4], const W* low,
-                                              const W* high, const W* const (&x)[kTokenGroups],
-                                              int begin, int end) {
-  constexpr int kUnroll = kTokenGroups == 1 ? 8 : 4;
+// c[tile][nt] += the products of 16 rows of each tile with 8 tokens each, over the chunks from
+// `begin` to `end`. A lane's rows of a tile are lane / 4 and lane / 4 + 8, its tokens nt * 8 +
+// lane / 4; the pointers are those of its rows' first elements.
+template <typename W, int kTiles, int kTokenGroups>
+__device__ __forceinline__ void multiply_rows(float (&c)[kTiles][kTokenGroups][4],
+                                              const W* const (&rows)[kTiles][2],
+                                              const W* const (&x)[kTokenGroups], int begin,
+                                              int end) {
+  constexpr int kUnroll = (kTokenGroups == 1 ? 8 : 4) / kTiles;
   const int offset = threadIdx.x % 4 * 8;
   for (int chunk = begin; chunk < end; chunk += kUnroll) {
-    uint4 a[kUnroll][2];
+    uint4 a[kUnroll][kTiles][2];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (chunk + u < end) {
-        a[u][0] = load_expert_bits(low + (chunk + u) * kChunk + offset);
-        a[u][1] = load_expert_bits(high + (chunk + u) * kChunk + offset);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          a[u][tile][0] = load_expert_bits(rows[tile][0] + (chunk + u) * kChunk + offset);
+          a[u][tile][1] = load_expert_bits(rows[tile][1] + (chunk + u) * kChunk + offset);
+        }
       }
     }
 #pragma unroll
@@ -68,8 +72,13 @@ __device__ __forceinline__ void multiply_rows(float (&c)[kTokenGroups][4], const
 #pragma unroll
         for (int nt = 0; nt < kTokenGroups; ++nt) {
           const uint4 b = *reinterpret_cast<const uint4*>(x[nt] + (chunk + u) * kChunk + offset);
-          multiply(c[nt], a[u][0].x, a[u][1].x, a[u][0].y, a[u][1].y, b.x, b.y, W{});
-          multiply(c[nt], a[u][0].z, a[u][1].z, a[u][0].w, a[u][1].w, b.z, b.w, W{});
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            const uint4 low = a[u][tile][0];
+            const uint4 high = a[u][tile][1];
+            multiply(c[tile][nt], low.x, high.x, low.y, high.y, b.x, b.y, W{});
+            multiply(c[tile][nt], low.z, high.z, low.w, high.w, b.z, b.w, W{});
+          }
         }
       }
     }
@@ -111,14 +120,14 @@ __global__ void __launch_bounds__(kRouterThreads) router_kernel(const FfnArgs ar
   }
   const W* x[kTokenGroups];
   token_rows(args, first, tokens, x);
-  float c[kTokenGroups][4] = {};
-  multiply_rows(c, weight + static_cast<int64_t>(::min(expert, E - 1)) * H,
-                weight + static_cast<int64_t>(::min(expert + 8, E - 1)) * H, x,
-                static_cast<int>(static_cast<int64_t>(chunks) * part / parts),
+  const W* const rows[1][2] = {{weight + static_cast<int64_t>(::min(expert, E - 1)) * H,
+                                weight + static_cast<int64_t>(::min(expert + 8, E - 1)) * H}};
+  float c[1][kTokenGroups][4] = {};
+  multiply_rows(c, rows, x, static_cast<int>(static_cast<int64_t>(chunks) * part / parts),
                 static_cast<int>(static_cast<int64_t>(chunks) * (part + 1) / parts));
 #pragma unroll
   for (int i = 0; i < kTokenGroups * 4; ++i) {
-    sums[warp][i][lane] = c[i / 4][i % 4];
+    sums[warp][i][lane] = c[0][i / 4][i % 4];
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kTokenGroups * 4 * kWarp; i += kRouterThreads) {
@@ -152,7 +161,7 @@ __device__ void select_together(const FfnArgs& args, int first, int tokens, uint
   }
   __syncthreads();
   for (int t = ticket; t < tokens; t += gridDim.x) {
-    select_tokens<1>(args, first + t, 1, true, scratch, mask);
+    select_tokens<1, kLogitSplits>(args, first + t, 1, true, scratch, mask);
     for (int base = threadIdx.x / kWarp * kWarp; base < E; base += kThreads) {
       const int e = base + threadIdx.x % kWarp;
       const unsigned bits = __ballot_sync(kAllLanes, e < E && mask[e] != 0);
@@ -193,12 +202,18 @@ int counters_of_tile(int64_t hidden_size) { return 2 + num_slices(hidden_size); 
 
 int max_blocks(int device) { return kBlocksPerSm * sm_count(device); }
 
+// Many tokens' x is too long for the first-level cache: then a step takes more rows, to read x less
+// often.
+template <int kTokenGroups>
+constexpr int kRowTiles = kTokenGroups == 4 ? 2 : 1;
+
 template <typename W, int kTokenGroups, int kGates>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     gate_up_kernel(const FfnArgs args, int counters_a_tile) {
-  constexpr int kNeurons = kRows / kGates;  // of a step
+  constexpr int kTiles = kRowTiles<kTokenGroups>;
+  constexpr int kTileNeurons = kRows / kGates;
+  constexpr int kTileSums = kTokenGroups * 4;
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ float sums[kWarps][kTokenGroups * 4][kWarp];
   const int E = args.num_experts;
   const int H = args.hidden_size;
   const int n = args.expert_width;
@@ -210,6 +225,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   uint32_t* mask = reinterpret_cast<uint32_t*>(list + E);
   unsigned char* scratch =
       reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(mask + E) + 15) / 16 * 16);
+  // In turn what selecting takes and the warps' sums.
+  auto* sums = reinterpret_cast<float (*)[kTiles * kTileSums][kWarp]>(scratch);
 
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -241,18 +258,26 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int chunks = H / kChunk;
   const int chunk_begin = chunks * warp / kWarps;
   const int chunk_end = chunks * (warp + 1) / kWarps;
-  for (int64_t step = blockIdx.x; step * kNeurons < active; step += gridDim.x) {
-    const int64_t position = step * kNeurons + lane / 4;
-    const W* low = w_in + neuron_at(::min(position, active - 1)) * args.in_neuron_stride;
-    const W* high = kGates == 2
-                        ? low + args.in_inner_stride
-                        : w_in + neuron_at(::min(position + 8, active - 1)) * args.in_neuron_stride;
-    float c[kTokenGroups][4] = {};
-    multiply_rows(c, low, high, x, chunk_begin, chunk_end);
+  const int64_t block_end = active * (blockIdx.x + 1) / gridDim.x;
+  for (int64_t step = active * blockIdx.x / gridDim.x; step < block_end;
+       step += kTiles * kTileNeurons) {
+    // Rows beyond the block's last repeat it; their results are not used.
+    const auto row_at = [&](int64_t at) {
+      return w_in + neuron_at(::min(at, block_end - 1)) * args.in_neuron_stride;
+    };
+    const W* rows[kTiles][2];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int64_t position = step + tile * kTileNeurons + lane / 4;
+      rows[tile][0] = row_at(position);
+      rows[tile][1] = kGates == 2 ? rows[tile][0] + args.in_inner_stride : row_at(position + 8);
+    }
+    float c[kTiles][kTokenGroups][4] = {};
+    multiply_rows(c, rows, x, chunk_begin, chunk_end);
     __syncthreads();  // the last step's sums have been read
 #pragma unroll
-    for (int i = 0; i < kTokenGroups * 4; ++i) {
-      sums[warp][i][lane] = c[i / 4][i % 4];
+    for (int i = 0; i < kTiles * kTileSums; ++i) {
+      sums[warp][i][lane] = c[i / kTileSums][i % kTileSums / 4][i % 4];
     }
     __syncthreads();
     const auto sum = [&](int r, int l) {
@@ -265,24 +290,26 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     };
     // Registers 0 and 1 of a lane are two tokens of row lane / 4, registers 2 and 3 those of row
     // lane / 4 + 8.
-    constexpr int kOutputs = kTokenGroups * 4 / kGates * kWarp;
-    for (int i = threadIdx.x; i < kOutputs; i += kThreads) {
+    constexpr int kTileOutputs = kTileSums / kGates;
+    for (int i = threadIdx.x; i < kTiles * kTileOutputs * kWarp; i += kThreads) {
       const int l = i % kWarp;
-      const int r = i / kWarp;
+      const int tile = i / kWarp / kTileOutputs;
+      const int r = i / kWarp % kTileOutputs;
       const int group = kGates == 2 ? r / 2 : r / 4;
       const int token = group * 8 + l % 4 * 2 + r % 2;
-      const int64_t at = step * kNeurons + l / 4 + (kGates == 2 ? 0 : r % 4 / 2 * 8);
-      if (token < tokens && at < active) {
+      const int64_t at = step + tile * kTileNeurons + l / 4 + (kGates == 2 ? 0 : r % 4 / 2 * 8);
+      if (token < tokens && at < block_end) {
         const int64_t neuron = neuron_at(at);
         const auto bias = [&](int g) {
           return args.b_in.data == nullptr ? 0.0f : parameter_at<W>(args.b_in, neuron * kGates + g);
         };
+        const int from = tile * kTileSums;
         float h;
         if constexpr (kGates == 2) {
-          h = activate(args.activation, sum(group * 4 + r % 2, l) + bias(0)) *
-              (sum(group * 4 + 2 + r % 2, l) + bias(1));
+          h = activate(args.activation, sum(from + group * 4 + r % 2, l) + bias(0)) *
+              (sum(from + group * 4 + 2 + r % 2, l) + bias(1));
         } else {
-          h = activate(args.activation, sum(r, l) + bias(0));
+          h = activate(args.activation, sum(from + r, l) + bias(0));
         }
         if (args.center.data != nullptr) {
           h -= parameter_at<W>(args.center, neuron);
@@ -436,7 +463,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }
 
 template <typename W, int kTokenGroups, int kGates>
-void launch_groups(FfnArgs args, int device, cudaStream_t stream) {
+void launch_groups(const FfnArgs& args, int device, cudaStream_t stream) {
   const int major = compute_major(device);
   const int E = args.num_experts;
   const int tiles = (args.num_tokens + kTileTokens - 1) / kTileTokens;
@@ -445,12 +472,13 @@ void launch_groups(FfnArgs args, int device, cudaStream_t stream) {
   const int counters = counters_of_tile(args.hidden_size);
   const bool selects = args.expert_ids == nullptr;
   if (selects) {
-    args.logit_splits = kLogitSplits;
     launch("routed_ffn", router_kernel<W, kTokenGroups>,
            dim3((E + kRows - 1) / kRows, kLogitSplits, tiles), kRouterThreads, 0, major, stream,
            args);
   }
-  const size_t scratch = selects ? select_scratch_size(1, E) : 0;
+  const size_t scratch =
+      std::max(selects ? select_scratch_size(1, E) : 0,
+               sizeof(float) * kWarps * kRowTiles<kTokenGroups> * kTokenGroups * 4 * kWarp);
   launch("ffn", gate_up_kernel<W, kTokenGroups, kGates>, dim3(blocks, tiles), kThreads,
          8 * static_cast<size_t>(E) + 16 + scratch, major, stream, args, counters);
 

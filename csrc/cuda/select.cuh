@@ -29,9 +29,9 @@ __host__ __device__ inline size_t select_scratch_size(int tokens, int num_expert
 }
 
 // Sets bit `t` of mask[e] for every expert e that token first + t runs; kTokens divides the number
-// of warps. The block's threads all call it, and see the masks when it returns. `scratch` is
-// aligned to 16 bytes.
-template <int kTokens>
+// of warps. Logits are the sums of `kSplits` parts. The block's threads all call it, and see the
+// masks when it returns. `scratch` is aligned to 16 bytes.
+template <int kTokens, int kSplits>
 __device__ void select_tokens(const FfnArgs& args, int first, int tokens, bool writes_counts,
                               void* scratch, uint32_t* mask) {
   const int E = args.num_experts;
@@ -57,12 +57,15 @@ __device__ void select_tokens(const FfnArgs& args, int first, int tokens, bool w
     const float* read = args.logits + static_cast<int64_t>(first + token) * E;
     const int64_t split = static_cast<int64_t>(args.num_tokens) * E;
     const auto logit = [&](int e) {
+      float part[kSplits];  // all under way at once
+#pragma unroll
+      for (int s = 0; s < kSplits; ++s) {
+        part[s] = e < E ? __ldcg(read + s * split + e) : 0.0f;
+      }
       float z = 0.0f;
-      if (e < E) {
-#pragma unroll 1
-        for (int s = 0; s < args.logit_splits; ++s) {
-          z += __ldcg(read + s * split + e);
-        }
+#pragma unroll
+      for (int s = 0; s < kSplits; ++s) {
+        z += part[s];
       }
       return e < E ? (z == 0.0f ? 0.0f : z) : -INFINITY;  // -0 and +0 are a tie
     };
