@@ -128,14 +128,16 @@ class Table:
         return float(low), float(high)
 
     def missed(self) -> list[str]:
-        """Results whose active fraction is not the budget."""
-        return [
-            f"{task}, {method}, {'fine-tuned' if tuned else 'not fine-tuned'}, budget {budget:g}, seed {seed}: "
-            f"{result['active_fraction']:.3f}"
-            for (task, method, tuned, budget), seeds in self.results.items()
-            for seed, result in seeds.items()
-            if abs(result["active_fraction"] - budget) > TOLERANCE
-        ]
+        """Where active fractions are not the budget's: the least and the most of those seeds' fractions."""
+        lines = []
+        for (task, method, tuned, budget), seeds in self.results.items():
+            fractions = [result["active_fraction"] for result in seeds.values()]
+            fractions = sorted(f for f in fractions if abs(f - budget) > TOLERANCE)
+            if fractions:
+                kind = "fine-tuned" if tuned else "not fine-tuned"
+                span = " to ".join(dict.fromkeys(f"{f:.1%}" for f in (fractions[0], fractions[-1])))
+                lines.append(f"{task}, {method}, {kind}, {budget:.0%}: {span} ({len(fractions)} of {len(seeds)} seeds)")
+        return lines
 
 
 def _quality(result: dict) -> float:

@@ -131,7 +131,7 @@ def test_the_document_says_what_was_reached_and_what_was_missed(tmp_path):
     assert "lm: ahead of topk" in targets and "random" not in targets
     assert "| **prunepath** | one | 1 |" in text and "| static-flap | one per budget | 1 |" in text
     assert "random (bound)" in text
-    assert "- lm, prunepath, not fine-tuned, budget 0.5, seed 0: 0.520" in text
+    assert "- lm, prunepath, not fine-tuned, 50%: 52.0%" in text
     assert "python benchmarks/quality.py --out here" in text and "2026-01-02" in text
     with (tmp_path / "docs" / "quality.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 2 + 4 * 6
