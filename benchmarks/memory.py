@@ -9,10 +9,12 @@ the moment when the model is loaded, so that the growth from then on is the mode
 
 The sparse models run at the budget, and all of them read the same held-out text token by token with a KV cache. Checked
 before anything is printed: the sparse model's logits at threshold 1 are the dense model's, and at the budget those of
-the packed and of the offloaded model are the sparse one's. Bits per byte are of each model at the budget.
+the packed and of the offloaded model are the sparse one's on the same device. Bits per byte are of each model at the
+budget.
 
 FFN weights in memory: for packed models the resident part of the map that holds them; for others all of them are; for
-offloaded ones the cache on the GPU. "limited" is `--resident-experts`.
+offloaded ones the cache on the GPU. "limited" is what `prunepath generate` does with the budget, or --resident.
+Tokens/s, and hits and bytes fetched of a cache, are of reading the text a second time.
 
 --convert N makes a synthetic dense checkpoint of N GB in shards, converts it layer by layer as `prunepath convert
 --low-memory` does, and reads that process's peak from outside; --open packs the outcome and times opening it.
@@ -22,8 +24,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -49,9 +51,11 @@ from prunepath.eval.files import write_json
 from prunepath.eval.memory import process_memory, report_memory
 from prunepath.eval.perplexity import evaluate
 from prunepath.modeling import read_model_config
-from prunepath.packing import INDEX, limit_resident_experts, pack
+from prunepath.offload import ExpertCache, expert_bytes, offload_experts
+from prunepath.packing import INDEX, ResidentExperts, limit_resident_experts, pack, resident_limit
 
 TOLERANCE = 1e-4
+ACROSS_DEVICES = 1e-2  # what rounds otherwise may turn a choice of experts
 BEGINNING = 1600  # characters of each held-out file, so that a small sample has something of all of them
 
 
@@ -84,30 +88,38 @@ def _work(pipe: Connection, spec: dict) -> None:
     dense = not prunepath.is_sparse(model)
     if not dense:
         prunepath.set_budget(model, spec["budget"])
-    resident = cache = None
+    cache = None
     if spec["kind"] == "packed, limited":
-        resident = limit_resident_experts(model, int(spec["resident"] * ffn_bytes))
+        share = spec["resident"]
+        limit = resident_limit(model, spec["budget"]) if share is None else int(share * ffn_bytes)
+        cache = limit_resident_experts(model, ffn_bytes if limit is None else limit)
     if spec["kind"] == "offloaded":
-        from prunepath.offload import offload_experts
-
         device = torch.device("cuda")
         cache = offload_experts(model, spec["gpu_experts"], device)
+        extra["cache_bytes"] = cache.slots * expert_bytes(next(iter(prunepath.sparse_ffns(model).values())))
+    if spec["kind"] == "sparse, GPU":
+        device = torch.device("cuda")
+        model.to(device)
     ids = tokenizer("".join(held_out()), return_tensors="pt")["input_ids"][:, : spec["tokens"]].to(device)
     with contextlib.nullcontext() if dense else prunepath.record_counts(model) as record:
         logits = decode(model, ids)
     report = report_memory(model)
     extra["ffn_bytes"] = ffn_bytes
-    extra["ffn_resident_bytes"] = report.touched_bytes if report.mapped_bytes else ffn_bytes
-    if resident is not None:
-        extra["resident_experts"] = {"hits": resident.hits, "misses": resident.misses, "read": resident.read_bytes}
-    if cache is not None:
-        extra["ffn_resident_bytes"] = cache.slots * cache._table.expert_bytes
-        extra["cache"] = dataclasses.asdict(cache.statistics) | {"slots": cache.slots}
+    extra["ffn_resident_bytes"] = report.touched_bytes if report.mapped_bytes else extra.get("cache_bytes", ffn_bytes)
+    if device.type == "cuda":
         extra["gpu_bytes"] = torch.cuda.max_memory_allocated()
     path = Path(spec["scratch"]) / f"{spec['kind']}.pt"
     torch.save(logits, path)
     active = 1.0 if dense else record.active_fraction
     pipe.send({"logits": str(path), "active": active, "load_seconds": seconds, **extra})
+    pipe.recv()
+    before, start = fetched(cache), time.perf_counter()
+    decode(model, ids)
+    timed = {"tokens_per_second": ids.shape[1] / (time.perf_counter() - start)}
+    if cache is not None:
+        hits, misses, moved = (b - a for a, b in zip(before, fetched(cache), strict=True))
+        timed |= {"hit_rate": hits / (hits + misses), "fetched_bytes_per_token": moved / ids.shape[1]}
+    pipe.send(timed)
     pipe.recv()
     if spec["kind"] == "sparse":
         prunepath.set_threshold(model, 1.0)
@@ -128,6 +140,16 @@ def decode(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
             kept = output.past_key_values
             logits.append(output.logits[0, -1].float().cpu())
     return torch.stack(logits)
+
+
+def fetched(cache: ResidentExperts | ExpertCache | None) -> tuple[int, int, int]:
+    """Hits, misses, and bytes brought in so far."""
+    if isinstance(cache, ResidentExperts):
+        return cache.hits, cache.misses, cache.read_bytes
+    if cache is None:
+        return 0, 0, 0
+    statistics = cache.statistics
+    return statistics.hits, statistics.misses, statistics.moved_bytes
 
 
 def ffn_weights(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -156,6 +178,8 @@ def measure(spec: dict) -> dict:
         resident, peak = process_memory(process.pid)
         row |= {"kind": spec["kind"], "before_bytes": before, "resident_bytes": resident, "peak_bytes": peak}
         pipe.send("go")
+        row |= pipe.recv()
+        pipe.send("go")
         if spec["quality"]:
             row |= pipe.recv()
             pipe.send("done")
@@ -175,17 +199,18 @@ def check(rows: dict[str, dict]) -> None:
     def error(kind: str, reference: str) -> float:
         return ((logits[kind] - logits[reference]).norm() / logits[reference].norm()).item()
 
-    for kind, reference in (
-        ("packed", "sparse"),
-        ("packed, limited", "sparse"),
-        ("offloaded", "sparse"),
-        ("dense", "threshold 1"),
-        ("shrunk, packed", "shrunk"),
+    for kind, reference, tolerance in (
+        ("packed", "sparse", TOLERANCE),
+        ("packed, limited", "sparse", TOLERANCE),
+        ("sparse, GPU", "sparse", ACROSS_DEVICES),
+        ("offloaded", "sparse, GPU", TOLERANCE),
+        ("dense", "threshold 1", TOLERANCE),
+        ("shrunk, packed", "shrunk", TOLERANCE),
     ):
         if kind in logits:
             rows[kind]["relative_error"] = found = error(kind, reference)
-            if not found <= TOLERANCE:
-                raise SystemExit(f"{kind}: expected {reference}'s logits within {TOLERANCE:g}, got {found:.1e}.")
+            if not found <= tolerance:
+                raise SystemExit(f"{kind}: expected {reference}'s logits within {tolerance:g}, got {found:.1e}.")
 
 
 def show(rows: list[dict], console: Console) -> None:
@@ -199,12 +224,18 @@ def show(rows: list[dict], console: Console) -> None:
         "of dense",
         "grown",
         "peak",
+        "GPU peak",
+        "tokens/s",
+        "hits",
+        "KB/token",
         "bits/byte",
     ):
         table.add_column(column, justify="left" if column == "model" else "right")
     dense = rows[0]["ffn_bytes"]
     for row in rows:
-        bits = row.get("bits_per_byte")
+        gpu, hits, moved, bits = (
+            row.get(name) for name in ("gpu_bytes", "hit_rate", "fetched_bytes_per_token", "bits_per_byte")
+        )
         table.add_row(
             row["kind"],
             f"{row['active']:.1%}",
@@ -214,6 +245,10 @@ def show(rows: list[dict], console: Console) -> None:
             f"{row['ffn_resident_bytes'] / dense:.1%}",
             f"{(row['resident_bytes'] - row['before_bytes']) / 1e6:.1f}",
             f"{row['peak_bytes'] / 1e6:.1f}",
+            "-" if gpu is None else f"{gpu / 1e6:.1f}",
+            f"{row['tokens_per_second']:.1f}",
+            "-" if hits is None else f"{hits:.1%}",
+            "-" if moved is None else f"{moved / 1e3:.0f}",
             "-" if bits is None else f"{bits:.4f}",
         )
     console.print(table)
@@ -227,7 +262,7 @@ def synthetic(folder: Path, gigabytes: float, shard_layers: int = 2) -> None:
     logging.set_verbosity_error()
     sizes = dict(hidden_size=2048, intermediate_size=8192, num_attention_heads=16, num_key_value_heads=8)
     layer = 2 * (3 * 2048 * 8192 + 3 * 2048 * 2048)
-    layers = max(1, round((gigabytes * 1e9 - 2 * 2 * 32000 * 2048) / layer))
+    layers = max(1, math.ceil((gigabytes * 1e9 - 2 * 2 * 32000 * 2048) / layer))
     config = LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=32000, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
@@ -323,7 +358,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.25)
     parser.add_argument("--tokens", type=int, default=64, help="read one by one while memory is measured")
     parser.add_argument("--quality-tokens", type=int, default=16384, help="that bits per byte are measured on; 0: none")
-    parser.add_argument("--resident", type=float, default=0.5, help="share of the FFNs' bytes to limit experts to")
+    parser.add_argument("--resident", type=float, help="share of the FFNs' bytes to limit experts to")
     parser.add_argument("--gpu-experts", type=int, default=10 << 20, help="bytes of the GPU for experts")
     parser.add_argument("--convert", type=float, metavar="GB", help="also convert a checkpoint of this size")
     parser.add_argument("--open", action="store_true", help="also pack what --convert made, and time opening it")
@@ -335,7 +370,7 @@ def main() -> None:
         parser.error("expected --sparse or --convert")
     if args.open and args.convert is None:
         parser.error("argument --open: expected --convert too")
-    console = Console(width=max(Console().width, 120))
+    console = Console(width=max(Console().width, 150))
     command = "python benchmarks/memory.py " + " ".join(sys.argv[1:])
     console.print(f"$ {command}\n{machine()}, {today()}", highlight=False, soft_wrap=True)
     figures: dict = {"command": command, "machine": machine(), "date": today()}
@@ -367,7 +402,7 @@ def compare(args: argparse.Namespace, scratch: Path) -> list[dict]:
         pack(args.shrunk, scratch / "packed-shrunk")
         folders |= {"shrunk": args.shrunk, "shrunk, packed": scratch / "packed-shrunk"}
     if torch.cuda.is_available():
-        folders["offloaded"] = args.sparse
+        folders |= {"sparse, GPU": args.sparse, "offloaded": args.sparse}
     rows = {}
     for kind, folder in folders.items():
         spec = {

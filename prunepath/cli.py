@@ -79,6 +79,10 @@ DataOption = Annotated[
 TextColumnOption = Annotated[str, typer.Option(help="JSONL field or dataset column that holds the text.")]
 DTypeOption = Annotated[DType, typer.Option(help="Load the weights in this dtype; auto: as they are stored.")]
 DeviceOption = Annotated[str | None, typer.Option(help="Device to work on, such as cpu or cuda:0.")]
+GPUExpertsOption = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Keep at most so much of the experts on the GPU, the rest in host memory: 4GiB."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
 
 
@@ -212,6 +216,7 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after this many tokens.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of one forward pass.")] = 1,
     plot: Annotated[Path | None, typer.Option(help="Draw the trade-off curve into this picture.")] = None,
+    gpu_experts: GPUExpertsOption = None,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -230,7 +235,7 @@ def evaluate(
         from prunepath.eval.plots import plot_tradeoff
         from prunepath.eval.tradeoff import tradeoff
 
-        loaded, tokenizer = _load(prunepath, model, dtype, device)
+        loaded, tokenizer, cache = _load_offloaded(prunepath, model, dtype, device, gpu_experts)
         shared = dict(
             sequence_length=_window(loaded, sequence_length),
             max_tokens=max_tokens,
@@ -253,8 +258,10 @@ def evaluate(
             ]
         if plot is not None:
             plot_tradeoff(rows, plot, title=model)
-        results.json({"model": model, "rows": rows})
+        memory = {} if cache is None else {"gpu_experts": _cache_fields(cache)}
+        results.json({"model": model, "rows": rows, **memory})
         results.table(rows)
+        results.fields(memory)
 
 
 @app.command()
@@ -275,12 +282,13 @@ def generate(
     ] = False,
     resident_experts: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Keep at most so much of a packed checkpoint's experts in memory: 4GiB."),
+        typer.Option(
+            metavar="SIZE",
+            help="Keep at most so much of a packed checkpoint's experts in memory: 4GiB, or all.",
+            show_default="twice the --budget's share",
+        ),
     ] = None,
-    gpu_experts: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Keep at most so much of the experts on the GPU, the rest in host memory."),
-    ] = None,
+    gpu_experts: GPUExpertsOption = None,
     dtype: DTypeOption = DType.auto,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -291,30 +299,14 @@ def generate(
     for name, value in (("budget", budget), ("threshold", threshold), ("top_p", top_p)):
         if value is not None:
             _check_fraction(name, value)
-    limit = None if resident_experts is None else _size("resident-experts", resident_experts)
-    on_gpu = None if gpu_experts is None else _size("gpu-experts", gpu_experts)
-    if limit is not None and on_gpu is not None:
+    limit = None if resident_experts in (None, "all") else _size("resident-experts", resident_experts)
+    if limit is not None and gpu_experts is not None:
         raise PrunePathError("Expected --resident-experts or --gpu-experts, got both.")
     with _results(as_json) as results:
         prunepath = _import_prunepath()
         import torch
 
-        cache = None
-        if on_gpu is None:
-            loaded, tokenizer = _load(prunepath, model, dtype, device)
-        else:
-            from prunepath.offload import offload_experts
-
-            device = device or "cuda"
-            if device.partition(":")[0] == "cpu":
-                raise PrunePathError("Expected a GPU to hold experts for --gpu-experts, got --device cpu.")
-            _check_device(device)
-            loaded, tokenizer = _load(prunepath, model, dtype, None)
-            cache = offload_experts(loaded, on_gpu, device)
-        if limit is not None:
-            from prunepath.packing import limit_resident_experts
-
-            limit_resident_experts(loaded, limit)
+        loaded, tokenizer, cache = _load_offloaded(prunepath, model, dtype, device, gpu_experts)
         sparse = prunepath.is_sparse(loaded)
         if not sparse and (budget is not None or threshold is not None):
             raise PrunePathError(f"{model} is a dense model, which has no budgets or thresholds: convert it first.")
@@ -322,6 +314,16 @@ def generate(
             prunepath.set_budget(loaded, budget)
         if threshold is not None:
             prunepath.set_threshold(loaded, threshold)
+        if resident_experts is None and budget is not None:
+            from prunepath.packing import resident_limit
+
+            limit = resident_limit(loaded, budget)
+            if limit is not None:
+                results.note(f"Keeping {limit / 1e6:.1f} MB of experts in memory (--resident-experts).")
+        if limit is not None:
+            from prunepath.packing import limit_resident_experts
+
+            limit_resident_experts(loaded, limit)
         inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
         length = inputs["input_ids"].shape[1]
         if length == 0:
@@ -344,7 +346,7 @@ def generate(
 
             memory = {"memory": dataclasses.asdict(read_memory(loaded))}
         if cache is not None:
-            memory["gpu_experts"] = {"slots": cache.slots, **dataclasses.asdict(cache.statistics)}
+            memory["gpu_experts"] = _cache_fields(cache)
         results.json(
             {
                 "prompt": prompt,
@@ -532,6 +534,14 @@ def shrink(
             show_default="where skipped ones do",
         ),
     ] = None,
+    refit_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Tokens on which the experts left take over what they can; 0 leaves their weights as they are.",
+            show_default="65536",
+        ),
+    ] = None,
     pad: Annotated[
         bool, typer.Option("--pad", help="Fill FFNs with zeros to one width, for transformers without prunepath.")
     ] = False,
@@ -549,14 +559,15 @@ def shrink(
     with _results(as_json) as results:
         prunepath = _import_prunepath()
         from prunepath.modeling import description_of
-        from prunepath.shrinking import Plan
+        from prunepath.shrinking import REFIT_TOKENS, Plan
 
         loaded, tokenizer = _load(prunepath, model, dtype, device)
         if not prunepath.is_sparse(loaded):
             raise PrunePathError(f"Expected a sparse checkpoint to shrink, but {model} is dense: convert it first.")
         if pad and (description_of(loaded).centered if fold is None else fold):
             raise PrunePathError("Expected --no-fold with --pad: a plain FFN has no place for folded means.")
-        plan = Plan(loaded, tokenizer, texts, budget, by=by.value, fold=fold, progress=True)
+        refit = REFIT_TOKENS if refit_tokens is None else refit_tokens
+        plan = Plan(loaded, tokenizer, texts, budget, by=by.value, fold=fold, refit_tokens=refit, progress=True)
         chosen = plan.choose(rate=rate, max_rise=max_rise)
         rows = [
             {
@@ -808,6 +819,24 @@ def _load(prunepath, name: str, dtype: DType, device: str | None):
     if device is not None:
         _check_device(device)
     return prunepath.load(name, dtype=dtype.value, device=device)
+
+
+def _load_offloaded(prunepath, name: str, dtype: DType, device: str | None, gpu_experts: str | None):
+    """(model, tokenizer, cache), the cache None unless experts are to be kept on a GPU."""
+    if gpu_experts is None:
+        return *_load(prunepath, name, dtype, device), None
+    from prunepath.offload import offload_experts
+
+    size, device = _size("gpu-experts", gpu_experts), device or "cuda"
+    if device.partition(":")[0] == "cpu":
+        raise PrunePathError("Expected a GPU to hold experts for --gpu-experts, got --device cpu.")
+    _check_device(device)
+    loaded, tokenizer = _load(prunepath, name, dtype, None)
+    return loaded, tokenizer, offload_experts(loaded, size, device)
+
+
+def _cache_fields(cache) -> dict:
+    return {"slots": cache.slots, **dataclasses.asdict(cache.statistics), "hit_rate": cache.statistics.hit_rate}
 
 
 def _check_device(device: str) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -34,6 +35,7 @@ from prunepath.convert.batches import (
 )
 from prunepath.convert.experts import ExpertGrouping, InputStatistics, reorder_neurons
 from prunepath.convert.partition import check_num_experts
+from prunepath.convert.tensor_file import TensorFile
 from prunepath.errors import CheckpointError, PrunePathError
 from prunepath.nn import SparseFFN
 from prunepath.nn.observers import CountRecord, counting, observing_inputs, padding_masks
@@ -581,7 +583,7 @@ def save(model: nn.Module, tokenizer: Any | None, out: str | os.PathLike) -> Non
             model.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-        except OSError as error:
+        except (OSError, safetensors.SafetensorError) as error:
             raise PrunePathError(f"Expected to write the checkpoint {out}, but: {error}.") from error
 
 
@@ -614,8 +616,21 @@ def load(name: str | os.PathLike, *, dtype: Any = "auto", device: Any = None) ->
             f"Expected {name} to hold every weight of its {type(model).__name__} in its right shape, but "
             f"{len(damaged)} are missing or of another shape, {damaged[0]} among them."
         )
+    if folder.exists():
+        _check_dtypes(folder)
     tokenizer = load_tokenizer(name)
     return (model if device is None else model.to(device)), tokenizer
+
+
+def _check_dtypes(folder: Path) -> None:
+    """Raises CheckpointError if a weight is of whole numbers, which transformers would take for what they stand for."""
+    sparsity = read_model_config(folder).get("quantization_config")
+    if sparsity is not None and sparsity.get("quant_method") != QUANT_METHOD:
+        return  # such weights are what another quantization makes
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, entry in TensorFile(path).entries.items():
+            if name.endswith((".weight", ".bias")) and not entry.dtype.startswith(("F", "BF")):
+                raise CheckpointError(f"Expected {name} in {path} to be of a floating-point dtype, got {entry.dtype}.")
 
 
 def load_tokenizer(name: str | os.PathLike) -> Any:
@@ -638,7 +653,8 @@ def _loading(name: str | os.PathLike) -> Iterator[None]:
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise CheckpointError(
-            f"Expected {name} to be a complete model and tokenizer that transformers loads, but: {lines[0]}"
+            f"Expected {name} to be a complete model and tokenizer that transformers loads, but: "
+            f"{lines[0].removesuffix('.')}."
         ) from error
 
 

@@ -167,7 +167,8 @@ class ExpertCache:
 
         w_in, w_out, options = ffns[0].operands()
         if ffns[0].layout.is_fused:  # gates and ups apart, as in the matrix of both
-            self._w_in = torch.stack([hold(half) for half in w_in.unbind(2)]).permute(1, 2, 0, 3)
+            shape = (2, slots, w_in.shape[1], w_in.shape[3])
+            self._w_in = torch.empty(shape, dtype=w_in.dtype, device=device).permute(1, 2, 0, 3)
         else:
             self._w_in = hold(w_in)
         self._w_out = hold(w_out)

@@ -287,6 +287,20 @@ def limit_resident_experts(model: nn.Module, limit: int) -> ResidentExperts:
     return resident
 
 
+def resident_limit(model: nn.Module, budget: float) -> int | None:
+    """Bytes that suit a packed model at a budget: twice its share of the dense model's experts.
+
+    Tokens that follow each other run different experts, which half as much would have to bring in anew for each.
+
+    Returns:
+        None for a model whose experts are not used from a file, and where that is all of them.
+    """
+    ffns = [ffn for ffn in sparse_ffns(model).values() if ffn.pages is not None]
+    limit = int(2 * budget * sum(ffn.dense_experts * ffn.pages.expert_bytes for ffn in ffns))
+    everything = sum(ffn.num_experts * ffn.pages.expert_bytes for ffn in ffns)
+    return limit if limit < everything else None
+
+
 def _check_weights(folder: Path, ffns: dict[str, SparseFFN], where: dict[str, TensorFile]) -> None:
     """Raises CheckpointError unless all FFN weights and routers are there, in their shapes and in one dtype."""
     dtypes: dict[str, str] = {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from prunepath.config import SHRINK_CRITERIA
-from prunepath.convert.batches import Batch, count_tokens, first_tokens, sample_batches, split_held_out
+from prunepath.convert.batches import Batch, backbone_inputs, count_tokens, first_tokens, sample_batches, split_held_out
 from prunepath.errors import PrunePathError
 from prunepath.modeling import (
     Shrinking,
@@ -31,10 +33,15 @@ from prunepath.train.calibration import Search, num_passes
 
 MIN_TOKENS = 16384
 """Tokens that candidates are measured on, if the data has them: rare experts need more than budgets do."""
-STEP = 0.05
+REFIT_TOKENS = 65536
+"""Tokens that the remaining experts are refitted on, if the data has them."""
+STEP = 0.1
 """The share of all experts by which one candidate is smaller than the one before."""
 SMALLEST = 0.4
 """The share of its experts that the smallest candidate keeps."""
+_PRIOR_TOKENS = 2
+"""How many tokens, for each neuron left, a neuron's output weights outweigh when they are refitted."""
+_ROWS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +69,24 @@ class Plan:
     """What a model would be with fewer experts, measured on a model that stays as it is.
 
     Removing is imitated: an expert whose logit is −∞ has no mass and is never run. Candidates are nested: each begins
-    with the one before, and measures anew which of the experts left are used least.
+    with the one before, and measures anew which of the experts left are used least. The output weights of those left
+    then take over what they can: FFN by FFN, least squares bring what the selected experts give for calibration tokens
+    close to what the dense FFN gives for the same input, W' = argmin Σ‖W'·a(x) − W·h(x)‖² + λ‖W' − W‖² with a the
+    activations h of which those of experts that do not run are skipped. OBS (Hassibi and Stork, 1993) does that for
+    single weights, SparseGPT (arXiv 2301.00774) for a layer.
 
     Args:
         model: a sparse causal language model with a calibrated budget, on the device to work on.
-        tokenizer, texts: calibration data, as for `prunepath.convert`. A half tells which experts to remove, the other
-            what that costs.
+        tokenizer, texts: calibration data, as for `prunepath.convert`. A part tells which experts to remove and refits
+            those left, another what that costs.
         budget: the active fraction that the model is to be used at.
         by: `rate`: the share of tokens that run an expert. `loss`: the mean square of what an expert's output changes
             the loss by, to first order, over all tokens, with zero where it does not run; as a multiple of the mean
             over the model's experts.
         fold: put the mean of what an expert adds in its place, instead of zero. None does that where skipped experts
             contribute their means, in centred models.
+        refit_tokens: how many tokens to refit the experts left on; 0 leaves their weights as they are. Takes a copy of
+            the FFNs' output weights, and of one FFN a matrix [D, D].
         progress: show a progress bar.
 
     Attributes:
@@ -93,6 +106,7 @@ class Plan:
         *,
         by: str = "loss",
         fold: bool | None = None,
+        refit_tokens: int = REFIT_TOKENS,
         progress: bool = False,
     ) -> None:
         if by not in SHRINK_CRITERIA:
@@ -105,11 +119,15 @@ class Plan:
             raise PrunePathError("Expected a model that has all of its experts, got one that was shrunk already.")
         self.fold = description.centered if fold is None else fold
         self._ffns = list(sparse_ffns(model).values())
-        wanted = max(MIN_TOKENS, 2 * config.calibration_tokens)
+        half = max(MIN_TOKENS // 2, config.calibration_tokens)
+        wanted = half + max(half, refit_tokens)
         batches = sample_batches(model, texts, tokenizer, config.sequence_length, wanted, config.seed)
         if "labels" not in batches[0]:
             raise PrunePathError(f"Expected a model with a loss to shrink by it, got {type(model).__name__}.")
-        self._fit, self._choose = split_held_out(batches, sum(map(count_tokens, batches)) // 2)
+        self._choose, rest = split_held_out(batches, min(half, sum(map(count_tokens, batches)) // 2))
+        self._fit = list(first_tokens(rest, half))
+        self._refit = list(first_tokens(rest, refit_tokens)) if refit_tokens else []
+        self._downs = [ffn.down_weight().detach().clone() for ffn in self._ffns] if refit_tokens else None
         self._biases = [ffn.router.bias.detach().clone() for ffn in self._ffns]
         self._means: list[torch.Tensor] = []
         thresholds = [ffn.threshold for ffn in self._ffns]
@@ -120,9 +138,7 @@ class Plan:
             with converting(model, config), tqdm(total=_steps(), desc="Measuring", disable=not progress) as bar:
                 self.candidates = self._measure(bar.update)
         finally:
-            for ffn, bias in zip(self._ffns, self._biases, strict=True):
-                ffn.router.bias.data.copy_(bias)
-                ffn.removed_output = None
+            self._restore()
             set_threshold(model, thresholds)
             model.train(was_training)
 
@@ -148,6 +164,12 @@ class Plan:
         model, description = self.model, description_of(self.model)
         dense = description.config.num_experts
         left = [len(kept) for kept in candidate.kept]
+        was_training = model.training
+        model.eval()
+        if candidate.kept != self.candidates[0].kept:
+            with converting(model, description.config):
+                self._imitate(candidate.kept)
+            self._restore(downs=False)
         for ffn, kept, mean in zip(self._ffns, candidate.kept, self._means, strict=True):
             if self.fold:
                 ffn.removed_output = _removed(ffn, kept, mean).to(ffn.router.weight.dtype)
@@ -164,8 +186,6 @@ class Plan:
             )
             _set_width(model.config, self._ffns[0].intermediate_size)
         model.config.quantization_config = description.to_dict()
-        was_training = model.training
-        model.eval()
         with (
             converting(model, description.config),
             tqdm(total=num_passes(), desc="Calibrating budgets", disable=not progress) as bar,
@@ -177,11 +197,10 @@ class Plan:
             ffn.pack()
 
     def _measure(self, advance: Callable[[], None]) -> list[Candidate]:
-        ffns, budget = self._ffns, self.budget
-        search = Search(ffns, lambda: None)
-        fit, choose = calibration_sample(self.model, self._fit), calibration_sample(self.model, self._choose)
+        ffns = self._ffns
+        choose = calibration_sample(self.model, self._choose)
         with counting(ffns) as record:
-            fit.encode()
+            calibration_sample(self.model, self._fit).encode()
         self.fractions = record.per_layer
         before = choose.loss()
         if before is None:
@@ -195,22 +214,54 @@ class Plan:
             if not self._means:
                 self._means = [mean for _, mean in scores]
             order = sorted((score[e].item(), i, e) for i, (score, _) in enumerate(scores) for e in kept[i])
-            kept, rate = self._without(kept, order, round(total * (1 - step * STEP)))
-            for ffn, bias, left, mean in zip(ffns, self._biases, kept, self._means, strict=True):
-                gone = torch.ones_like(bias, dtype=torch.bool)
-                gone[torch.tensor(left, device=bias.device)] = False
-                ffn.router.bias.data.copy_(bias.masked_fill(gone, -torch.inf))
-                ffn.removed_output = self._imitated(ffn, left, mean)
-            search.highest = [
-                min(len(left), ffn.max_experts or len(left)) / ffn.dense_experts
-                for ffn, left in zip(ffns, kept, strict=True)
-            ]
-            search.fit(fit, search.scaled(self.fractions, budget))
+            kept, rate = self._without(kept, order, math.floor(total * (1 - step * STEP)))
+            self._imitate(kept)
             loss = choose.loss()
             size = self._bytes(kept)
             candidates.append(Candidate(rate, kept, size, size / everything, loss, loss / before - 1))
             advance()
         return candidates
+
+    def _imitate(self, kept: Sequence[Sequence[int]]) -> None:
+        """Makes the model what it would be with these experts alone, refitted, at the budget."""
+        for ffn, bias, left, mean in zip(self._ffns, self._biases, kept, self._means, strict=True):
+            gone = torch.ones_like(bias, dtype=torch.bool)
+            gone[torch.tensor(left, device=bias.device)] = False
+            ffn.router.bias.data.copy_(bias.masked_fill(gone, -torch.inf))
+            ffn.removed_output = self._imitated(ffn, left, mean)
+        if self._refit:
+            for ffn, down in zip(self._ffns, self._downs, strict=True):
+                ffn.down_weight().copy_(down)
+        search, sample = Search(self._ffns, lambda: None), calibration_sample(self.model, self._fit)
+        search.highest = [
+            min(len(left), ffn.max_experts or len(left)) / ffn.dense_experts
+            for ffn, left in zip(self._ffns, kept, strict=True)
+        ]
+        fractions = search.scaled(self.fractions, self.budget)
+        search.fit(sample, fractions)
+        if self._refit:
+            for ffn, left in zip(self._ffns, kept, strict=True):
+                self._refit_output(ffn, left)
+            search.fit(sample, fractions)
+
+    def _refit_output(self, ffn: SparseFFN, kept: Sequence[int]) -> None:
+        """Fits the output weights of the experts `kept` to what the FFN with all of them gives for its inputs now."""
+        least_squares = _LeastSquares(ffn, kept)
+        with observing_inputs({ffn: least_squares.observe}):
+            for batch in self._refit:
+                with contextlib.suppress(_Observed):
+                    self.model.base_model(**backbone_inputs(batch))
+        least_squares.solve()
+
+    def _restore(self, *, downs: bool = True) -> None:
+        """Undoes `_imitate`, or all of it but the refitting."""
+        for ffn, bias in zip(self._ffns, self._biases, strict=True):
+            ffn.router.bias.data.copy_(bias)
+            ffn.removed_output = None
+        if self._refit and downs:
+            with torch.no_grad():
+                for ffn, down in zip(self._ffns, self._downs, strict=True):
+                    ffn.down_weight().copy_(down)
 
     def _without(
         self, kept: list[list[int]], order: Sequence[tuple[float, int, int]], wanted: int
@@ -279,6 +330,49 @@ class Plan:
                 hook.remove()
         for ffn, gradient in zip(self._ffns, gradients, strict=True):
             usage[ffn].add_gradient(gradient.reshape(-1, ffn.hidden_size))
+
+
+class _Observed(Exception):
+    """Ends a forward pass of which nothing more is needed."""
+
+
+class _LeastSquares:
+    """Output weights of experts left, by an FFN's inputs, gathered by `observe` as an `observe_input` hook."""
+
+    def __init__(self, ffn: SparseFFN, kept: Sequence[int]) -> None:
+        self.ffn = ffn
+        device = ffn.router.weight.device
+        neurons = torch.arange(ffn.intermediate_size, device=device).view(ffn.num_experts, ffn.expert_width)
+        self.neurons = neurons[torch.tensor(kept, device=device)].flatten()
+        self.tokens = 0
+        self._gram = torch.zeros(len(self.neurons), len(self.neurons), device=device)
+        self._product = torch.zeros(len(self.neurons), ffn.hidden_size, device=device)
+
+    def observe(self, ffn: SparseFFN, x: torch.Tensor) -> None:
+        with torch.autocast(x.device.type, enabled=False):
+            for rows in x.split(_ROWS):
+                self._add(ffn, rows)
+        raise _Observed
+
+    def _add(self, ffn: SparseFFN, x: torch.Tensor) -> None:
+        hidden = ffn.hidden(x)
+        active = ffn.skip(hidden, ffn.active_mask(x)).float()
+        missing = (hidden.float() - active) @ ffn.down_weight().float().t()
+        if ffn.removed_output is not None:
+            missing -= ffn.removed_output.float()
+        active = active[:, self.neurons]
+        self._gram.addmm_(active.t(), active)
+        self._product.addmm_(active.t(), missing)
+        self.tokens += len(x)
+
+    def solve(self) -> None:
+        """Adds to the FFN's output weights what makes up for most of what was missing."""
+        gram = self._gram.double()
+        prior = _PRIOR_TOKENS * len(gram) / self.tokens * gram.diagonal().mean()
+        gram.diagonal().add_(prior.clamp(min=1e-12))
+        change = torch.linalg.solve(gram, self._product.double())
+        weight = self.ffn.down_weight()
+        weight[:, self.neurons] += change.t().to(weight.dtype)
 
 
 class _Usage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import hashlib
@@ -216,6 +217,7 @@ class _Stream:
         gc.collect()  # optimisers are in reference cycles, and hold memory until then
         for file in self.files:
             file.release()
+        _return_freed_memory()
 
     def _group_and_train(self, index: int, ffn: SparseFFN, tokens: _Tokens) -> None:
         config = self.config
@@ -400,6 +402,17 @@ def _without_weights() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register
+
+
+def _return_freed_memory() -> None:
+    """Has the C library return what was freed to the system.
+
+    glibc keeps it for later allocations, which the layers' tensors, of many sizes, then fail to fit into: the process
+    would grow by a share of each layer.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _write_text(path: Path, text: str) -> None:

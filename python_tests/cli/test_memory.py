@@ -52,6 +52,18 @@ def test_generate_keeps_experts_within_a_limit(prunepath_command, packed_folder)
     assert limited.stdout == free.stdout
 
 
+def test_a_budget_limits_the_experts_in_memory_unless_told_otherwise(prunepath_command, packed_folder):
+    arguments = ("generate", packed_folder, "Bird", "--max-new-tokens", 8, "--report-memory")
+    size = 2 * 8 * 3 * 8 * 32 * 4  # layers, experts, matrices, neurons, hidden size, bytes
+    limited = prunepath_command(*arguments, "--budget", 0.2)
+    assert f"Keeping {0.4 * size / 1e6:.1f} MB of experts in memory" in limited.stderr
+    lifted = prunepath_command(*arguments, "--budget", 0.2, "--resident-experts", "all")
+    assert lifted.exit_code == 0 and "Keeping" not in lifted.stderr
+    assert lifted.stdout.partition("memory:")[0] == limited.stdout.partition("memory:")[0]
+    for unlimited in (["--budget", 0.5], ["--threshold", 0.2], []):
+        assert "Keeping" not in prunepath_command(*arguments, *unlimited).stderr
+
+
 @pytest.mark.parametrize("size", ["many", "4 apples", "-1GiB", "0", "1e400", ""])
 def test_a_size_that_is_none_is_refused(refused, packed_folder, size):
     assert "resident-experts" in refused("generate", packed_folder, "Bird", "--resident-experts", size)
@@ -61,9 +73,11 @@ def test_a_limit_needs_a_packed_checkpoint(refused, sparse_folder):
     assert "prunepath pack" in refused("generate", sparse_folder, "Bird", "--resident-experts", "1GiB")
 
 
-def test_experts_are_kept_on_a_gpu_alone(refused, sparse_folder):
+def test_experts_are_kept_on_a_gpu_alone(refused, sparse_folder, corpus):
     assert "--gpu-experts" in refused("generate", sparse_folder, "Bird", "--gpu-experts", "1GiB", "--device", "cpu")
     assert "gpu-experts must be a size" in refused("generate", sparse_folder, "Bird", "--gpu-experts", "four")
+    options = ("--data", corpus, "--gpu-experts", "1GiB", "--device", "cpu")
+    assert "--gpu-experts" in refused("eval", sparse_folder, *options)
     both = ("--gpu-experts", "1GiB", "--resident-experts", "1GiB")
     assert "got both" in refused("generate", sparse_folder, "Bird", *both)
 

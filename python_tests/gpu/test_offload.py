@@ -119,21 +119,28 @@ def test_half_precision_agrees_too(folder, dtype):
     assert relative_error(decode(model, ids), expected) < 1e-1  # rounding may turn a choice of experts
 
 
+def allocated():
+    """Bytes of the GPU that something still uses, models in reference cycles left out; the peak begins there anew."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
 @torch.inference_mode()
 def test_the_experts_take_no_more_of_the_gpu_than_they_were_given(folder):
-    gc.collect()  # models of earlier tests would go in between
-    before = torch.cuda.memory_allocated()
+    before = allocated()
     plain = load(folder).cuda()
-    everything = torch.cuda.memory_allocated() - before
+    everything = allocated() - before
     del plain
     model = load(folder)
     size = size_of(model)
     experts = sum(ffn.num_experts for ffn in prunepath.sparse_ffns(model).values()) * size
     limit = 18 * size
-    before = torch.cuda.memory_allocated()
+    assert everything > experts > limit
+    before = allocated()
     offload_experts(model, limit, "cuda")
-    taken = torch.cuda.memory_allocated() - before
-    assert taken <= everything - experts + limit + (1 << 20)
+    assert torch.cuda.max_memory_allocated() - before <= everything - experts + limit + (1 << 20)
     for ffn in prunepath.sparse_ffns(model).values():
         weight = ffn.projection(ffn.layout.down).weight
         assert weight.device.type == "cpu" and weight.is_pinned()
@@ -186,4 +193,4 @@ def test_the_command_line_says_what_the_cache_did(tmp_path):
     offloaded = json.loads(subprocess.run([*command, "--gpu-experts", "4MB"], capture_output=True, check=True).stdout)
     assert offloaded["text"] == plain["text"]
     found = offloaded["gpu_experts"]
-    assert found["slots"] > 0 and found["hits"] > 0 and found["moved_bytes"] > 0
+    assert found["slots"] > 0 and found["hit_rate"] > 0 and found["hits"] > 0 and found["moved_bytes"] > 0

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForC
 import prunepath
 from prunepath.convert.tensor_file import NewTensor, TensorFile, write_tensor_file
 from prunepath.eval.memory import report_memory
-from prunepath.packing import SHARDS, limit_resident_experts, pack
+from prunepath.packing import SHARDS, limit_resident_experts, pack, resident_limit
 
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="reads Linux's /proc")
 
@@ -124,6 +124,14 @@ def test_a_limit_on_resident_experts_holds_and_changes_no_output(folders):
         assert report_memory(limited).touched_bytes <= 6 * expert + 4 * mmap.PAGESIZE
     assert resident.hits > 0
     assert resident.read_bytes == resident.misses * expert > 6 * expert
+
+
+def test_the_limit_of_a_budget_is_twice_its_share_of_the_experts(folders):
+    model = load(folders[1])
+    experts = sum(8 * ffn.pages.expert_bytes for ffn in prunepath.sparse_ffns(model).values())
+    assert resident_limit(model, 0.25) == experts // 2
+    assert resident_limit(model, 0.5) is None, "all of them fit"
+    assert resident_limit(load(folders[0]), 0.25) is None, "they are not used from a file"
 
 
 def test_experts_of_an_ordinary_checkpoint_cannot_be_limited(folders):

@@ -258,3 +258,32 @@ def test_what_it_does_not_convert_is_refused(dense_folder, token_texts, small_co
 def test_a_place_that_cannot_be_written_is_refused(dense_folder, token_texts, small_config):
     with pytest.raises(prunepath.PrunePathError, match="/proc/out"):
         convert_streaming(dense_folder("llama"), "/proc/out", None, token_texts, small_config)
+
+
+GROWTH = """
+import sys, torch, prunepath, prunepath.streaming as streaming
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+from prunepath.eval.memory import process_memory
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+sizes = dict(vocab_size=97, hidden_size=512, intermediate_size=2048, num_attention_heads=4, num_hidden_layers=12)
+torch.manual_seed(0)
+LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder / "dense", max_shard_size="40MB")
+resident = []
+def release(stream, index, real=streaming._Stream._release):
+    real(stream, index)
+    resident.append(process_memory()[0])
+streaming._Stream._release = release
+texts = [torch.randint(0, 97, (128,)) for _ in range(16)]
+tokens = dict(sequence_length=64, partition_tokens=256, router_tokens=256, calibration_tokens=128)
+config = prunepath.PrunePathConfig(num_experts=16, **tokens)
+streaming.convert_streaming(folder / "dense", folder / "sparse", None, texts, config)
+print((resident[-1] - resident[2]) / 9)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    result = subprocess.run([sys.executable, "-c", GROWTH, tmp_path], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 1e6  # bytes a layer, of which each has 16.8 MB
