@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import math
 import multiprocessing
@@ -299,6 +300,11 @@ class Worker:
         spent = seconds(steps) / len(feeds)
         return spent, torch.stack(logits) if keep_logits else None
 
+    def settle(self) -> None:
+        """Gives memory back that loading and calibration have freed, so that it does not count as the model's."""
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc alone has it
+            ctypes.CDLL(None).malloc_trim(0)
+
     def gpu_peak(self) -> int:
         return torch.cuda.max_memory_allocated(self.device)
 
@@ -451,6 +457,7 @@ def measure(name: str, args: argparse.Namespace, children: list[Child]) -> list[
                         f"{name}: expected {fraction:.0%} of the experts to be active, got {answer['active']:.1%}: "
                         "nothing is timed."
                     )
+            child.ask("settle")
             child.forget_peak()
         times = {child: [] for child in children}
         for repeat in range(args.repeats + 1):
