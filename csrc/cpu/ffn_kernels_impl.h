@@ -214,12 +214,21 @@ PRUNEPATH_INLINE void dot_tile(const W* const (&x)[T], const Rows<G, W>& rows, c
     tile_step<R, T>(x, rows, i, sums);
   }
   for (int t = 0; t < T; ++t) {
-    for (int r = 0; r < R; ++r) {
-      float sum = sum_lanes(sums[r][t]);
-      for (int64_t j = i; j < size; ++j) {
-        sum += to_float(x[t][j]) * to_float(rows.row(r)[j]);
+    float* to = out + t * out_stride;
+#if defined(__AVX512F__) && PRUNEPATH_LANES == 16
+    if constexpr (R == 4) {
+      store_lane_sums(&sums[0][t], T, to);
+    } else
+#endif
+    {
+      for (int r = 0; r < R; ++r) {
+        to[r] = sum_lanes(sums[r][t]);
       }
-      out[t * out_stride + r] = sum;
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int64_t j = i; j < size; ++j) {
+        to[r] += to_float(x[t][j]) * to_float(rows.row(r)[j]);
+      }
     }
   }
 }

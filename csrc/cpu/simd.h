@@ -146,5 +146,20 @@ PRUNEPATH_INLINE float sum_lanes(Floats v) {
 #endif
 }
 
+#if defined(__AVX512F__) && PRUNEPATH_LANES == 16
+// Writes the sums of the lanes of four vectors that are `stride` vectors apart, in a third of the
+// instructions that it takes one by one.
+PRUNEPATH_INLINE void store_lane_sums(const Floats* v, int64_t stride, float* out) {
+  const auto a = (__m512)v[0], b = (__m512)v[stride];
+  const auto c = (__m512)v[2 * stride], d = (__m512)v[3 * stride];
+  const auto ab = (__m512d)(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
+  const auto cd = (__m512d)(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
+  const __m512 abcd =
+      (__m512)_mm512_unpacklo_pd(ab, cd) + (__m512)_mm512_unpackhi_pd(ab, cd);  // in every quarter
+  const __m256 half = _mm512_castps512_ps256(abcd) + _mm512_extractf32x8_ps(abcd, 1);
+  _mm_storeu_ps(out, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+}
+#endif
+
 }  // namespace
 }  // namespace prunepath
