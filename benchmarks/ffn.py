@@ -102,12 +102,13 @@ class Layer:
         def normal(*size: int, std: float) -> Tensor:
             return torch.empty(size, dtype=dtype, device=device).normal_(0, std, generator=generator)
 
-        return cls(
-            normal(num_experts, width, 1 + shape.gated, shape.hidden_size, std=shape.hidden_size**-0.5),
-            normal(num_experts, width, shape.hidden_size, std=shape.intermediate_size**-0.5),
-            # Logits of standard deviation 2: peaked, and no tail so thin that float32 thresholds cannot cut it.
-            normal(num_experts, shape.hidden_size, std=2 * shape.hidden_size**-0.5),
-        )
+        w_in = normal(num_experts, width, 1 + shape.gated, shape.hidden_size, std=shape.hidden_size**-0.5)
+        w_out = normal(num_experts, width, shape.hidden_size, std=shape.intermediate_size**-0.5)
+        if device.type == "cpu":  # a model's weights lie where `pack_experts` puts them, in large pages
+            *gate, up, down = ops.unpack_experts(w_in, w_out)
+            w_in, w_out = ops.pack_experts(gate[0] if gate else None, up, down, num_experts)
+        # Logits of standard deviation 2: peaked, and no tail so thin that float32 thresholds cannot cut it.
+        return cls(w_in, w_out, normal(num_experts, shape.hidden_size, std=2 * shape.hidden_size**-0.5))
 
 
 @dataclass(frozen=True)

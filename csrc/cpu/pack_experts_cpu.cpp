@@ -9,6 +9,11 @@
 #include "core/layout.h"
 #include "cpu/tensors.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 namespace prunepath {
 namespace {
 
@@ -82,6 +87,21 @@ void pack(const std::optional<Tensor>& gate, const Tensor& up, const Tensor& dow
   copy_matrix(matrix(down), out_columns(w_out, layout), H, D, size);
 }
 
+// Asks for large pages where the system gives them on request: with small ones, streams of weights
+// wait for address translation. It is no more than a hint, so that a refusal is no error.
+void ask_for_large_pages(const Tensor& tensor) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t data = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t begin = (data + page - 1) / page * page;
+  const uintptr_t end =
+      (data + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size()) / page * page;
+  if (begin < end) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
+}
+
 std::tuple<Tensor, Tensor> pack_experts(const std::optional<Tensor>& gate, const Tensor& up,
                                         const Tensor& down, int64_t num_experts) {
   const ExpertLayout layout = check_pack_experts(gate, up, down, num_experts);
@@ -89,6 +109,8 @@ std::tuple<Tensor, Tensor> pack_experts(const std::optional<Tensor>& gate, const
       {num_experts, layout.expert_width, layout.per_neuron, layout.hidden_size}, up.scalar_type());
   Tensor w_out =
       new_tensor({num_experts, layout.expert_width, layout.hidden_size}, up.scalar_type());
+  ask_for_large_pages(w_in);
+  ask_for_large_pages(w_out);
   pack(gate, up, down, layout, w_in, w_out);
   return {w_in, w_out};
 }
