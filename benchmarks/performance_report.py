@@ -343,8 +343,8 @@ def report(files: list[dict], notes: str) -> str:
         "# Performance\n",
         "Written by `python benchmarks/performance_report.py` from the benchmarks' JSON files. Every result was "
         "checked before it was timed; times are medians of rounds in which all candidates took turns. The bandwidth "
-        "probe ran beside each row. It reads ordinary pages: weights in large pages, which `pack_experts` asks for, can "
-        "be read faster.\n",
+        "probe ran beside each row. It reads ordinary pages: weights in large pages, which `pack_experts` asks for, "
+        "can be read faster.\n",
         "## Targets\n",
         table(["target", "measured on", "asked", "got", ""], lines, 2),
         notes,

@@ -105,7 +105,7 @@ def command(request, dense_folder, sparse_folder, corpus):
 def run(script, base, command, kills=0):
     base.mkdir()
     arguments = [sys.executable, "-c", script, base, json.dumps(command), str(kills)]
-    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=base)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

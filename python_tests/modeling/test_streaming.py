@@ -285,5 +285,6 @@ print((resident[-1] - resident[2]) / 9)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
-    result = subprocess.run([sys.executable, "-c", GROWTH, tmp_path], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", GROWTH, tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert float(result.stdout) < 1e6  # bytes a layer, of which each has 16.8 MB
