@@ -18,7 +18,9 @@ from prunepath.ops.reference import ACTIVATIONS
 NEVER_CHOSEN = -3e4
 """A logit that has no mass beside others, in every dtype."""
 DECODE_TOKENS = 64
-"""Calls of up to this many tokens read only the active experts; longer ones (prefill) compute all and mask."""
+"""Calls of up to this many tokens read only the active experts; longer ones (prefill) may compute all and mask."""
+GROUPED_FRACTION = 0.5
+"""Longer calls on a CPU whose tokens run up to this share of the experts read the active ones too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +179,10 @@ class SparseFFN(nn.Module):
     expert and leaves the parameters as views of it, so the weights exist once. Taking a state dict undoes that until
     the next inference call. Gate and up in one matrix stay as they are, for the kernels read them there.
 
-    Inference on few tokens is one `routed_ffn` call. With gradients enabled, for more than `DECODE_TOKENS` tokens, or
-    when a projection is no plain linear (a LoRA layer, say) or of another dtype than the rest (T5's `wo` in float16
-    models), the FFN is computed densely and masked, in autograd.
+    Inference on few tokens is one `routed_ffn` call, and on a CPU that on more, where few experts are active. With
+    gradients enabled, for other calls of more than `DECODE_TOKENS` tokens, or when a projection is no plain linear (a
+    LoRA layer, say) or of another dtype than the rest (T5's `wo` in float16 models), the FFN is computed densely and
+    masked, in autograd.
 
     Five hooks, None unless set: `observe_input(ffn, x)`, `observe_counts(ffn, counts)`, `fetch(ffn, x)`, called before
     the kernels read the experts of x, `run(ffn, x)`, which gives (y, counts) in the operator's place, and
@@ -433,11 +436,28 @@ class SparseFFN(nn.Module):
             return True
         if self.select is not None or torch.is_grad_enabled():
             return False
-        if x.shape[0] > DECODE_TOKENS and not self.is_mapped:
-            return False
         if self.layout.dropout is not None and self.training:
             return False
+        if x.shape[0] > DECODE_TOKENS and not self.is_mapped and not self._is_grouped_faster(x):
+            return False
         return self._pack_if_stale()
+
+    def _is_grouped_faster(self, x: torch.Tensor) -> bool:
+        """Whether the kernels, which group many tokens by expert, take less time for them than computing all does.
+
+        Judged by the active fraction of some of them.
+        """
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        if self._backend().name == "reference":
+            return False
+        some = slice(None, None, -(-len(x) // DECODE_TOKENS))
+        thresholds = self._thresholds(len(x))
+        thresholds = thresholds[some] if thresholds.dim() else thresholds
+        _, _, counts = self._backend().route(
+            self.router(x[some]), thresholds, min_experts=self.min_experts, max_experts=self.max_experts
+        )
+        return counts.sum().item() <= GROUPED_FRACTION * self.num_experts * len(counts)
 
     def run_active_experts(self, x: torch.Tensor) -> torch.Tensor:
         """The output [T, H] of x [T, H] by one operator call; the weights have to be packed."""

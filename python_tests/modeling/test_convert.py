@@ -30,6 +30,20 @@ def test_the_prefill_path_is_dense_at_threshold_1(dense, token_texts, small_conf
     assert relative_error(sparse(long).logits, dense(long).logits) < 1e-6
 
 
+@pytest.mark.parametrize(("budget", "grouped"), [(0.25, True), (0.9, False)])
+def test_prefill_reads_active_experts_where_they_are_few(llama, token_texts, small_config, budget, grouped):
+    sparse = prunepath.convert(llama, None, token_texts, small_config)
+    prunepath.set_budget(sparse, budget)
+    long = torch.stack([text[:100] for text in token_texts[:2]])
+    masked = sparse(long).logits  # with gradients
+    with torch.no_grad():
+        assert relative_error(sparse(long).logits, masked) < 1e-5
+        ffns = list(prunepath.sparse_ffns(sparse).values())
+        x = torch.randn(200, ffns[0].hidden_size)
+        chosen = {ffn.reads_active_experts(x) for ffn in ffns}
+    assert grouped in chosen
+
+
 @torch.no_grad()
 def test_a_budget_sets_the_active_fraction(dense, token_texts, small_config):
     sparse = prunepath.convert(dense, None, token_texts, small_config)
