@@ -519,7 +519,7 @@ class SparseFFN(nn.Module):
             self._unpack()
             return False
         self._backend()  # the one that calls use
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(linears[0].weight.device.type, enabled=False):
             self._packed = self._pack(linears)
         self.pages = None
         return True

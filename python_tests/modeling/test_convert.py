@@ -30,6 +30,15 @@ def test_the_prefill_path_is_dense_at_threshold_1(dense, token_texts, small_conf
     assert relative_error(sparse(long).logits, dense(long).logits) < 1e-6
 
 
+@torch.no_grad()
+def test_a_centred_model_may_be_packed_under_autocast(llama, token_texts, small_config, ids):
+    sparse = prunepath.convert(llama, None, token_texts, dataclasses.replace(small_config, center=True))
+    expected = sparse(ids).logits
+    sparse.load_state_dict(sparse.state_dict())  # lays the weights out as they were before they were packed
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(sparse(ids).logits.float(), expected) < 5e-2
+
+
 @pytest.mark.parametrize(("budget", "grouped"), [(0.25, True), (0.9, False)])
 def test_prefill_reads_active_experts_where_they_are_few(llama, token_texts, small_config, budget, grouped):
     sparse = prunepath.convert(llama, None, token_texts, small_config)
