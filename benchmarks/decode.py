@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import math
 import multiprocessing
@@ -55,6 +54,7 @@ from prunepath import native
 from prunepath.eval.files import write_json
 from prunepath.modeling import SparseDescription, install
 from prunepath.ops import reference
+from prunepath.streaming import return_freed_memory
 
 QWEN = {
     "model_type": "qwen2",
@@ -302,8 +302,7 @@ class Worker:
 
     def settle(self) -> None:
         """Gives memory back that loading and calibration have freed, so that it does not count as the model's."""
-        with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc alone has it
-            ctypes.CDLL(None).malloc_trim(0)
+        return_freed_memory()
 
     def gpu_peak(self) -> int:
         return torch.cuda.max_memory_allocated(self.device)

@@ -12,7 +12,8 @@ many as it takes for a round to read several times the last-level cache, and a r
 of the read bandwidth, is taken in turn. Times are medians of those rounds, per call. On a GPU a round is one CUDA
 graph, timed by events on the device; the bandwidth of a copy, counted in both directions, is measured too.
 
-Calls of more than 64 tokens are timed through `SparseFFN` too, which computes them densely and masks them.
+Calls of more than 64 tokens are timed through `SparseFFN` too, which chooses between the operator and computing all
+experts and masking them.
 
 The baselines are dense (F.linear, cuBLAS on a GPU; oneDNN with weights packed beforehand) or read the active experts
 alone (F.grouped_mm over lists of tokens per expert that are made beforehand; index_select, which copies the weights,
@@ -308,7 +309,7 @@ def operators(inputs: list[Inputs], activation: str, nbytes: float) -> list[Cand
 
 
 def prefill_candidate(inputs: list[Inputs], activation: str, nbytes: float) -> Candidate:
-    """The module, which computes calls of many tokens densely and masks them."""
+    """The module, which computes calls of many tokens as it expects to be faster."""
     module = Candidate("SparseFFN", [], nbytes + inputs[0].layer.router.nbytes)
     for given in inputs:
         num_experts, _, per_neuron, _ = given.layer.w_in.shape

@@ -164,8 +164,7 @@ def plans(shape: configs.Shape, tokens: int) -> list[list]:
         entries = [configs.default_fused(shape, tokens), *unique.values()]
     else:
         hidden, output = configs.default_hidden(shape, tokens), configs.default_output(shape, tokens)
-        unique = {candidate[1:]: candidate for candidate in hidden_candidates(shape, tokens)}
-        entries = [(candidate, output) for candidate in [hidden, *unique.values()]]
+        entries = [(candidate, output) for candidate in [hidden, *hidden_candidates(shape, tokens)]]
         entries += [(hidden, candidate) for candidate in output_candidates(shape, tokens)]
     return [entries[start : start + 4] for start in range(0, len(entries), 4)]
 

@@ -217,7 +217,7 @@ class _Stream:
         gc.collect()  # optimisers are in reference cycles, and hold memory until then
         for file in self.files:
             file.release()
-        _return_freed_memory()
+        return_freed_memory()
 
     def _group_and_train(self, index: int, ffn: SparseFFN, tokens: _Tokens) -> None:
         config = self.config
@@ -404,7 +404,7 @@ def _without_weights() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Has the C library return what was freed to the system.
 
     glibc keeps it for later allocations, which the layers' tensors, of many sizes, then fail to fit into: the process

@@ -135,7 +135,7 @@ def default_hidden(shape: Shape, num_tokens: int) -> Hidden:
         return Hidden(2, 16, 32, 4, 2)
     if shape.hidden_size < 1024:
         return Hidden(2, 32, 64, 4, 3)
-    return Hidden(1, 32, 128, 4, 5) if num_tokens <= 16 else Hidden(2, 32, 128, 4, 3)
+    return Hidden(1, 32, 128, 4, 5) if num_tokens <= MIN_BLOCK_TOKENS else Hidden(2, 32, 128, 4, 3)
 
 
 def default_output(shape: Shape, num_tokens: int) -> Output:

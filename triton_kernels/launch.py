@@ -383,7 +383,7 @@ def workspace_size(num_tokens: int, w_in: Tensor) -> int:
         return 0
     # A plan needs the more the more tokens it has; that of fewer tokens may need more than that of many.
     largest = 0
-    for tokens in (1, 2, 3, 4, 16, 32, MAX_DECODE_TOKENS, num_tokens):
+    for tokens in (1, 2, 3, 4, MIN_BLOCK_TOKENS, 32, MAX_DECODE_TOKENS, num_tokens):
         if tokens <= num_tokens:
             space = _Space(None)
             _plan(tokens, w_in)(space, tokens, w_in, w_in.device)
