@@ -42,9 +42,9 @@ from tasks.models import DEMO, fuse_norms, train_dense  # noqa: E402
 from training import calibrate, evaluate, finetune, install  # noqa: E402
 
 BUDGETS = (0.5, 0.25, 0.1)
-RATES = (2e-4, 5e-4, 1e-3)
-RATE_LIMITS = (5e-5, 4e-3)
-"""The search goes on by factors of two while the best rate is the lowest or the highest tried, up to here."""
+FIRST_RATE = 2e-4
+RATE_LIMITS = (1.25e-5, 6.4e-3)
+"""Learning rates are searched from the first by factors of two until the best has a worse one on each side of it."""
 SEARCH_SHARE = 1 / 6
 SEARCH_BUDGET = 0.25
 _FIRST = {name: i for i, name in enumerate(("dense", "prunepath", "lte", "static-flap", "static-wanda", "static-mean"))}
@@ -160,8 +160,7 @@ def cell_path(args: argparse.Namespace, task: str, method: str, seed: int) -> Pa
 def learning_rate(args: argparse.Namespace, task_name: str, method: str, installed: Method) -> float:
     """The best rate by validation loss at `SEARCH_BUDGET` after a short run of a copy of the installed method.
 
-    `RATES` are tried, and more where the best is the last on its side. The loss is measured without calibration, each
-    batch having the thresholds that obtain the budget on it.
+    The loss is measured without calibration, each batch having the thresholds that obtain the budget on it.
 
     Searched once for a task and a method, by the first seed that comes.
     """
@@ -187,9 +186,8 @@ def known_losses(args: argparse.Namespace, task: str, method: str) -> dict[float
 
 def next_rate(losses: dict[float, float]) -> float | None:
     """The learning rate to try after those whose losses are known; None if the search is over."""
-    missing = [rate for rate in RATES if rate not in losses]
-    if missing:
-        return missing[0]
+    if not losses:
+        return FIRST_RATE
     best = min(losses, key=losses.get)
     if best == min(losses) and best > RATE_LIMITS[0]:
         return best / 2.0
@@ -466,7 +464,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=lambda s: s.split(","), default=list(TASKS))
     parser.add_argument("--methods", type=lambda s: s.split(","), default=list(METHODS))
     parser.add_argument("--seeds", type=lambda s: [int(part) for part in s.split(",")], default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300, help="of fine-tuning")
+    parser.add_argument("--steps", type=int, default=600, help="of fine-tuning")
     parser.add_argument("--batch-size", type=int, default=24, help="examples of a step")
     parser.add_argument("--num-experts", type=int, default=128)
     parser.add_argument("--time-limit", type=float, help="seconds after which what is running is stopped")

@@ -19,7 +19,7 @@ DISTILLATION_WEIGHT = 1.0
 ROUTER_RATE = 3.0
 INSTALL_TOKENS = 65536
 CALIBRATION_EXAMPLES = 96
-_GENERATION_BATCH = 576
+_GENERATION_BATCH = 1152
 
 
 def install(method_type: type[Method], dense: nn.Module, task: Task, settings: Settings, budget: float | None):

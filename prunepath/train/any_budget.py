@@ -240,8 +240,10 @@ def distillation_loss(
             f"Expected teacher logits of the student's shape {list(student_logits.shape)}, got "
             f"{list(teacher_logits.shape)}."
         )
-    student = (student_logits.float() / temperature).log_softmax(-1)
-    teacher = (teacher_logits.detach().float() / temperature).log_softmax(-1)
+    student, teacher = (
+        (logits.float() if temperature == 1.0 else logits.float() / temperature).log_softmax(-1)
+        for logits in (student_logits, teacher_logits.detach())
+    )
     losses = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
     mean = losses.mean() if mask is None else (losses * mask).sum() / mask.sum().clamp(min=1)
     return mean * temperature**2
