@@ -310,8 +310,9 @@ class Worker:
 def all_jobs(args: argparse.Namespace) -> list[Job]:
     """What is to be computed, in the order in which it is begun.
 
-    All methods of the first seed come before the second; the bounds of further seeds come last. Within a seed one task
-    comes after another, the longest first, and of it first what everything is compared with, then what takes longest.
+    All methods of the first seed come before the second; the bounds of further seeds come last. Within a seed one
+    method comes after another: first what all are compared with, then what takes longest. So what runs at a time is of
+    several tasks: those that keep a GPU busy share it with those that wait for the host.
     """
     dense = sorted((Job(name) for name in args.tasks), key=lambda job: _LONGEST.get(job.task, 9))
     cells = [Job(name, method, seed) for seed in args.seeds for method in args.methods for name in args.tasks]
@@ -319,7 +320,8 @@ def all_jobs(args: argparse.Namespace) -> list[Job]:
 
     def rank(job: Job) -> tuple:
         further_bound = job.method in BOUNDS and job.seed != first
-        return further_bound, job.seed, _LONGEST.get(job.task, 9), job.task, _FIRST.get(job.method, 9)
+        first_method = _FIRST.get(job.method, 9), job.method
+        return further_bound, job.seed, *first_method, _LONGEST.get(job.task, 9), job.task
 
     cells.sort(key=rank)
     jobs = [*dense, *(cells if args.stage != "dense" else [])]
