@@ -60,7 +60,7 @@ def finetune(
             batch = next(batches)
             method.before_step(step / steps)
             with torch.no_grad():
-                target = teacher(**batch).logits
+                target = teacher(**task.inputs(batch)).logits
             with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
                 outputs = model(**batch)
             loss = outputs.loss + method.auxiliary_loss()
@@ -108,7 +108,7 @@ def evaluate(
     counts = torch.zeros((), dtype=torch.int64)
     with padding_masks(model):
         for batch in task.batches(split, 64, limit):
-            logits = model(**batch).logits
+            logits = model(**task.inputs(batch)).logits
             labels = batch["labels"]
             result["nll"].append(task.losses(logits, labels))
             positions = task.scored_positions(labels)

@@ -58,6 +58,10 @@ class Task:
             name: tensor[rows].long() for name, tensor in self.splits[split].items() if name != "decoder_attention_mask"
         }
 
+    def inputs(self, batch: Examples) -> Examples:
+        """What gives a batch's logits without its loss. T5's decoder reads its inputs off the labels."""
+        return batch if self.family == "t5" else {name: rows for name, rows in batch.items() if name != "labels"}
+
     def batches(self, split: str, size: int, limit: int | None = None) -> Iterator[Examples]:
         """The examples in order, up to `limit` of them."""
         count = min(self.count(split), limit or self.count(split))

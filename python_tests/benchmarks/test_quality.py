@@ -51,6 +51,16 @@ def test_a_task_is_the_same_each_time(tiny, tokenizer, name):
     assert build_task(name, tokenizer, size="tiny").fingerprint() == tiny[name].fingerprint()
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_inputs_give_the_logits_of_the_whole_batch(tiny, tokenizer, name):
+    task = tiny[name]
+    end = tokenizer.eos_token_id
+    model = new_model(task.family, len(tokenizer), end, labels=len(task.labels), tiny=task.family != "llama").eval()
+    batch = task.batch("test", slice(2))
+    with torch.no_grad():
+        assert torch.equal(model(**task.inputs(batch)).logits, model(**batch).logits)
+
+
 def test_bytes_are_those_of_the_scored_labels(tiny, tokenizer):
     for name in ("lm-llama", "instruct"):
         task = tiny[name]
