@@ -46,9 +46,9 @@ done
 wait
 stage route 30 "$python" "$root/benchmarks/route.py" --device cuda --experts 128 --tokens 1,64 --json "$out/route.json"
 for shape in llama-3-8b opt-6.7b qwen2.5-1.5b t5-large; do
-    stage "ffn-$shape" 60 "$python" "$root/benchmarks/ffn.py" --device cuda --shapes "$shape" --repeats 7 --json "$out/ffn-$shape.json"
+    stage "ffn-$shape" 60 "$python" "$root/benchmarks/ffn.py" --device cuda --shapes "$shape" --repeats 3 --json "$out/ffn-$shape.json"
 done
-stage decode 100 "$python" "$root/benchmarks/decode.py" --device cuda --model llama-3-8b --settings compiled,graph --active 0.25,1 --tokens 32 --repeats 3 --json "$out/decode.json"
+stage decode 150 "$python" "$root/benchmarks/decode.py" --device cuda --model llama-3-8b --settings compiled-graph --active 0.25,1 --tokens 32 --repeats 3 --json "$out/decode.json"
 echo
 cat "$out/summary.txt"
 ! grep -qv 'exit 0 ' "$out/summary.txt"

@@ -250,10 +250,18 @@ class Job:
         return cell_path(args, self.task, self.method, self.seed).exists()
 
 
-def _serve(connection: Connection, args: argparse.Namespace, gpu: int | None) -> None:
+def _gpus(args: argparse.Namespace) -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    if args.device != "cuda":
+        return []
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _serve(connection: Connection, args: argparse.Namespace, gpu: str | None) -> None:
     """A worker process: runs the jobs that come, answers None, and ends with the first error, which it answers with."""
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # CUDA has not been initialised here yet
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA has not been initialised here yet
     _quiet()
     fuse_norms()
     while (job := connection.recv()) is not None:
@@ -270,7 +278,7 @@ def _serve(connection: Connection, args: argparse.Namespace, gpu: int | None) ->
 class Worker:
     """A process that runs one job at a time, and is started anew after a job that failed."""
 
-    def __init__(self, args: argparse.Namespace, gpu: int | None) -> None:
+    def __init__(self, args: argparse.Namespace, gpu: str | None) -> None:
         self.args, self.gpu = args, gpu
         self.job: Job | None = None
         self._start()
@@ -342,15 +350,15 @@ def run_jobs(args: argparse.Namespace) -> None:
     """
     started = gathered = time.monotonic()
     limit = math.inf if args.time_limit is None else args.time_limit
-    gpus = torch.cuda.device_count() if args.device == "cuda" else 0
+    gpus = _gpus(args) or [None]
     pending = all_jobs(args)
-    workers = [Worker(args, i % gpus if gpus else None) for i in range(min(args.jobs, max(1, len(pending))))]
+    workers = [Worker(args, gpus[i % len(gpus)]) for i in range(min(args.jobs, max(1, len(pending))))]
     first, failures, skipped = args.seeds[0], [], []
     took: dict[tuple[str, str], float] = {}
     begun: dict[Job, float] = {}
     attempts: collections.Counter[Job] = collections.Counter()
 
-    def is_ready(job: Job, gpu: int | None) -> bool:
+    def is_ready(job: Job, gpu: str | None) -> bool:
         if job.method is None:
             return True
         running = [worker.job for worker in workers if worker.job is not None]

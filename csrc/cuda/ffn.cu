@@ -98,6 +98,13 @@ void select_wide(FfnArgs& args, const WideSelection& wide, ScalarType dtype, int
   args.counts = args.counts_out;
 }
 
+// Where no router's kernel comes first. Unlike a memset, it lets the next kernel start beside it.
+__global__ void zero_kernel(const FfnArgs args) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  zero_counters(args);
+}
+
 }  // namespace
 
 int sm_count(int device) { return device_attribute<cudaDevAttrMultiProcessorCount>(device); }
@@ -140,7 +147,7 @@ void run_ffn(FfnArgs args, const ExpertLayout& layout, int64_t num_tokens, Scala
     if (routed && part.num_experts > kMaxSelectExperts) {
       select_wide(part, wide, dtype, device, stream);
     } else if (!routed) {
-      cudaMemsetAsync(part.counters, 0, sizeof(uint32_t) * part.num_counters, stream);
+      launch("sparse_ffn", zero_kernel, dim3(1), kWarp, 0, compute_major(device), stream, part);
     } else if (!many) {
       launch_router(part, dtype, device, stream);
     }

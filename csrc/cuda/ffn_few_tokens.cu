@@ -30,7 +30,6 @@ constexpr int kPartVectors = 4 * kWarp;  // what a warp has under way
 // Of shared memory: for the dot products of a block's neurons, in one part and in several.
 constexpr int64_t kMaxHiddenBytes = 32 << 10;
 constexpr int64_t kMaxDotBytes = 64 << 10;
-constexpr int kReducedColumns = 2 * kWarp;  // that a block adds up at a time
 constexpr int kMaxReducers = 32;
 
 // How the launch is cut; see `launch_ffn`.
@@ -39,7 +38,8 @@ struct Plan {
   int32_t capacity;  // active neurons of a block at most
   int32_t parts;     // of a neuron's rows of w_in, each by one warp
   int32_t part_vectors;
-  int32_t reducers;  // blocks that add up at the end
+  int32_t reducers;   // blocks that add up at the end
+  int32_t row_lanes;  // that read a row of sums then
 };
 
 // logits[t][e] = W_r[e]·x[t]: a block for each expert and tile of tokens.
@@ -224,10 +224,36 @@ __device__ __forceinline__ float activation_of(const FfnArgs& args, const Plan& 
   return args.center.data == nullptr ? h : h - parameter_at<W>(args.center, neuron);
 }
 
+// Sums of neighbouring columns, read and written at once.
+template <int kCount>
+struct __align__(4 * kCount) Sums {
+  float values[kCount];
+
+  __device__ __forceinline__ void add(const Sums& other) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] += other.values[i];
+    }
+  }
+};
+template <int kVec>
+constexpr int kSumVector = kVec == 1 ? 1 : 4;
+
+// What other blocks wrote: from L2.
+__device__ __forceinline__ Sums<4> load_sums(const Sums<4>* data) {
+  const float4 read = __ldcg(reinterpret_cast<const float4*>(data));
+  return {{read.x, read.y, read.z, read.w}};
+}
+__device__ __forceinline__ Sums<1> load_sums(const Sums<1>* data) {
+  return {{__ldcg(data->values)}};
+}
+
 template <typename W, int kVec, int kTokens, int kGates>
 __global__ void __launch_bounds__(kTokens == 1 && kGates == 2 ? kThreadsWithRouter : kThreads, 1)
     ffn_kernel(const FfnArgs args, const Plan plan) {
   constexpr int kColumns = kWarp * kVec;  // of a chunk
+  constexpr int kSum = kSumVector<kVec>;
+  using ColumnSums = Sums<kSum>;
   constexpr int kBatch =
       kTokens == 1 ? 8 : 4;  // rows of W_down that a warp has loads in flight for
   extern __shared__ __align__(16) unsigned char shared[];
@@ -244,8 +270,8 @@ __global__ void __launch_bounds__(kTokens == 1 && kGates == 2 ? kThreadsWithRout
   int32_t* neurons = reinterpret_cast<int32_t*>(hidden + plan.capacity * kTokens);  // [capacity]
   int32_t* list = neurons + plan.capacity;                                          // [E]
   uint32_t* mask = reinterpret_cast<uint32_t*>(list + E);                           // [E]
-  unsigned char* scratch =
-      reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(mask + E) + 15) / 16 * 16);
+  // By its offset, so that the compiler knows that it is shared memory.
+  unsigned char* scratch = shared + (plan.capacity * (kTokens + 1) + 2 * E + 3) / 4 * 16;
   // In turn what selecting takes, the parts' dot products and the sums over the block's neurons.
   float* dots = reinterpret_cast<float*>(scratch);  // [capacity, parts, kGates, kTokens]
   float* sums = reinterpret_cast<float*>(scratch);  // [sharers, chunks, kTokens, kColumns]
@@ -286,6 +312,8 @@ __global__ void __launch_bounds__(kTokens == 1 && kGates == 2 ? kThreadsWithRout
   // chunks. The first rows are under way before the activations are there.
   const int sharers = ::max(1, kWarps / chunks);
   const int sharer = warp % sharers;
+  float* partials = args.partial + static_cast<int64_t>(blockIdx.y) * plan.blocks * kTokens * H;
+  float* partial = partials + static_cast<int64_t>(block) * kTokens * H;  // of this block
   const W* w_out = static_cast<const W*>(args.w_out);
   Vector<W, kVec> rows[kBatch];
   const auto load = [&](int chunk, int j) {
@@ -336,35 +364,46 @@ __global__ void __launch_bounds__(kTokens == 1 && kGates == 2 ? kThreadsWithRout
     load(chunk + kWarps / sharers, sharer);
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      float* sum = sums + ((sharer * chunks + chunk) * kTokens + t) * kColumns + lane * kVec;
+      const auto store = [&](float* to) {
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        sum[i] = acc[t][i];
+        for (int i = 0; i < kVec; i += kSum) {
+          ColumnSums part;
+#pragma unroll
+          for (int k = 0; k < kSum; ++k) {
+            part.values[k] = acc[t][i + k];
+          }
+          *reinterpret_cast<ColumnSums*>(to + i) = part;
+        }
+      };
+      if (sharers > 1) {
+        store(sums + ((sharer * chunks + chunk) * kTokens + t) * kColumns + lane * kVec);
+      } else if (exists && t < tokens) {
+        store(partial + t * H + chunk * kColumns + lane * kVec);
       }
     }
   }
-  __syncthreads();
-
-  float* partial = args.partial + static_cast<int64_t>(blockIdx.y) * plan.blocks * kTokens * H;
-  for (int t = 0; t < tokens; ++t) {
-    for (int column = threadIdx.x; column < H; column += kThreads) {
-      const float* sum = sums + (column / kColumns * kTokens + t) * kColumns + column % kColumns;
-      float total = 0.0f;
-      for (int s = 0; s < sharers; ++s) {
-        total += sum[s * chunks * kTokens * kColumns];
+  if (sharers > 1) {
+    __syncthreads();
+    for (int t = 0; t < tokens; ++t) {
+      for (int column = threadIdx.x * kSum; column < H; column += kThreads * kSum) {
+        const float* sum = sums + (column / kColumns * kTokens + t) * kColumns + column % kColumns;
+        ColumnSums total{};
+        for (int s = 0; s < sharers; ++s) {
+          total.add(*reinterpret_cast<const ColumnSums*>(sum + s * chunks * kTokens * kColumns));
+        }
+        *reinterpret_cast<ColumnSums*>(partial + t * H + column) = total;
       }
-      partial[(static_cast<int64_t>(block) * kTokens + t) * H + column] = total;
     }
   }
 
   // The last to arrive wait for each other alone: all blocks before them have arrived.
-  const int column_blocks = (H + kReducedColumns - 1) / kReducedColumns;
+  const int block_columns = plan.row_lanes * kSum;
+  const int column_blocks = (H + block_columns - 1) / block_columns;
   const int reducers = plan.reducers;
   uint32_t* arrived = args.counters + blockIdx.y;
   __shared__ int turn;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
     turn = static_cast<int>(add_release(arrived)) - (plan.blocks - reducers);
     while (turn >= 0 && load_acquire(arrived) < static_cast<uint32_t>(plan.blocks)) {
     }
@@ -374,45 +413,48 @@ __global__ void __launch_bounds__(kTokens == 1 && kGates == 2 ? kThreadsWithRout
     return;
   }
   W* y = static_cast<W*>(args.y);
+  const int rows_at_once = kThreads / plan.row_lanes;  // blocks whose sums are read at a time
   for (int column_block = turn; column_block < column_blocks; column_block += reducers) {
+    const int read = column_block * block_columns + threadIdx.x % plan.row_lanes * kSum;
     for (int t = 0; t < tokens; ++t) {
-      // A warp adds up every so manieth block's sums of all columns; then the warps' are added up.
-      constexpr int kHeld = 9;  // loads under way for each column: the blocks of a large GPU
-      float total[2] = {};
-      for (int from = warp; from < plan.blocks; from += kHeld * kWarps) {
-        float part[kHeld][2] = {};
+      constexpr int kHeld = 9;  // loads under way: the blocks of a large GPU
+      ColumnSums total{};
+      for (int from = threadIdx.x / plan.row_lanes; from < plan.blocks;
+           from += kHeld * rows_at_once) {
+        ColumnSums part[kHeld];
 #pragma unroll
         for (int u = 0; u < kHeld; ++u) {
-          const int from_block = from + u * kWarps;
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int column = column_block * kReducedColumns + i * kWarp + lane;
-            if (from_block < plan.blocks && column < H) {
-              part[u][i] =
-                  __ldcg(partial + (static_cast<int64_t>(from_block) * kTokens + t) * H + column);
-            }
+          const int64_t from_block = from + u * rows_at_once;
+          part[u] = {};
+          if (from_block < plan.blocks && read < H) {
+            part[u] = load_sums(reinterpret_cast<const ColumnSums*>(
+                partials + (from_block * kTokens + t) * H + read));
           }
         }
 #pragma unroll
         for (int u = 0; u < kHeld; ++u) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            total[i] += part[u][i];
-          }
+          total.add(part[u]);
         }
+      }
+      for (int offset = plan.row_lanes; offset < kWarp; offset *= 2) {
+        ColumnSums other;
+#pragma unroll
+        for (int i = 0; i < kSum; ++i) {
+          other.values[i] = __shfl_xor_sync(kAllLanes, total.values[i], offset);
+        }
+        total.add(other);
       }
       __syncthreads();  // the last columns' sums have been read
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        sums[warp * kReducedColumns + i * kWarp + lane] = total[i];
+      if (lane < plan.row_lanes) {
+        *reinterpret_cast<ColumnSums*>(sums + warp * block_columns + lane * kSum) = total;
       }
       __syncthreads();
-      const int column = column_block * kReducedColumns + static_cast<int>(threadIdx.x);
-      if (threadIdx.x < kReducedColumns && column < H) {
+      const int column = column_block * block_columns + static_cast<int>(threadIdx.x);
+      if (threadIdx.x < block_columns && column < H) {
         float sum = args.b_out.data == nullptr ? 0.0f : parameter_at<W>(args.b_out, column);
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-          sum += sums[w * kReducedColumns + threadIdx.x];
+          sum += sums[w * block_columns + threadIdx.x];
         }
         y[static_cast<int64_t>(first + t) * H + column] = from_float<W>(sum);
       }
@@ -444,12 +486,19 @@ void launch_ffn(const FfnArgs& args, int device, cudaStream_t stream) {
       kMaxDotBytes / part_bytes, 1, std::max(1, (vectors + kPartVectors - 1) / kPartVectors)));
   plan.part_vectors = (vectors + plan.parts - 1) / plan.parts;
   // Blocks may wait for each other where all of them run at once; else one block adds up alone.
-  const int column_blocks = (args.hidden_size + kReducedColumns - 1) / kReducedColumns;
-  plan.reducers = plan.blocks * tiles > sm_count(device)
-                      ? 1
-                      : std::clamp(std::min(column_blocks, plan.blocks / 4), 1, kMaxReducers);
+  // Few columns for each, so that all is read at once.
+  constexpr int kSum = kSumVector<kVec>;
+  const int reducers =
+      plan.blocks * tiles > sm_count(device) ? 1 : std::clamp(plan.blocks / 4, 1, kMaxReducers);
+  plan.row_lanes = kWarp;
+  while (plan.row_lanes > kWarp / 4 &&
+         static_cast<int64_t>(plan.row_lanes / 2) * kSum * reducers >= args.hidden_size) {
+    plan.row_lanes /= 2;
+  }
+  const int block_columns = plan.row_lanes * kSum;
+  plan.reducers = std::clamp((args.hidden_size + block_columns - 1) / block_columns, 1, reducers);
   const size_t sums = sizeof(float) * std::max(kTokens * kWarp * kVec * std::max(kWarps, chunks),
-                                               kWarps * kReducedColumns);
+                                               kWarps * block_columns);
   const size_t scratch = std::max(
       {sums, static_cast<size_t>(plan.parts * part_bytes),
        args.expert_ids == nullptr ? select_scratch_size(kTokens, args.num_experts) : size_t{0}});

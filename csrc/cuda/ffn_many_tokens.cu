@@ -171,7 +171,6 @@ __device__ void select_together(const FfnArgs& args, int first, int tokens, uint
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-      __threadfence();
       add_release(&counters[1]);
     }
   }
@@ -223,8 +222,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int warp = threadIdx.x / kWarp;
   int32_t* list = reinterpret_cast<int32_t*>(shared);
   uint32_t* mask = reinterpret_cast<uint32_t*>(list + E);
-  unsigned char* scratch =
-      reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(mask + E) + 15) / 16 * 16);
+  // By its offset, so that the compiler knows that it is shared memory.
+  unsigned char* scratch = shared + (2 * E + 3) / 4 * 16;
   // In turn what selecting takes and the warps' sums.
   auto* sums = reinterpret_cast<float (*)[kTiles * kTileSums][kWarp]>(scratch);
 

@@ -4,56 +4,73 @@
 // core/routing.h's; nothing in it is a product followed by a sum, so that it needs no flag against
 // fused multiply-add.
 
+#include <cstdint>
+
 #include "cuda/ffn.cuh"
 
 #ifdef __CUDACC__
 
 namespace prunepath {
 
-// An expert of a row: its place in the order (more is earlier) and its mass.
-struct __align__(16) Standing {
-  int64_t order;
-  int64_t mass;
+// An expert of a row: its logit's place in the order and its mass.
+struct __align__(8) Standing {
+  int32_t order;
+  uint32_t mass;
 };
 
-// Larger for a larger logit, and of equal ones for the lower index.
-__device__ __forceinline__ int64_t order_of(float logit, int32_t index) {
+// Larger for a larger logit; neither the least integer nor the largest, which are NaNs.
+__device__ __forceinline__ int32_t order_of(float logit) {
   const int32_t bits = __float_as_int(logit);
-  const int32_t ascending = bits ^ ((bits >> 31) & 0x7fffffff);
-  return static_cast<int64_t>(ascending) << 32 | static_cast<uint32_t>(0x7fffffff - index);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+__device__ __forceinline__ float logit_of(int32_t order) {
+  return __int_as_float(order ^ ((order >> 31) & 0x7fffffff));
+}
+
+// The sum of a warp's masses.
+__device__ __forceinline__ int64_t sum_masses(uint32_t mass) {
+  const uint32_t low = __reduce_add_sync(kAllLanes, mass & 0xffff);
+  const uint32_t high = __reduce_add_sync(kAllLanes, mass >> 16);
+  return (static_cast<int64_t>(high) << 16) + low;
+}
+
+// Experts are compared two at a time.
+__host__ __device__ constexpr int padded_experts(int num_experts) {
+  return (num_experts + 1) / 2 * 2;
 }
 
 // Bytes of scratch for selecting `tokens` tokens at a time.
 __host__ __device__ inline size_t select_scratch_size(int tokens, int num_experts) {
-  return static_cast<size_t>(tokens) * num_experts * sizeof(Standing);
+  return static_cast<size_t>(tokens) * padded_experts(num_experts) *
+         (sizeof(Standing) + sizeof(int32_t));
 }
 
-// Sets bit `t` of mask[e] for every expert e that token first + t runs; kTokens divides the number
-// of warps. Logits are the sums of `kSplits` parts. The block's threads all call it, and see the
-// masks when it returns. `scratch` is aligned to 16 bytes.
+// Sets bit `t` of mask[e] for every expert e that token first + t runs, and no other; kTokens
+// divides the number of warps. Logits are the sums of `kSplits` parts. The block's threads all call
+// it, and see the masks when it returns. `scratch` is aligned to 16 bytes.
 template <int kTokens, int kSplits>
 __device__ void select_tokens(const FfnArgs& args, int first, int tokens, bool writes_counts,
                               void* scratch, uint32_t* mask) {
   const int E = args.num_experts;
-  const int pairs = tokens * E;
-  Standing* standings = static_cast<Standing*>(scratch);  // [tokens, E]
-  __shared__ unsigned long long totals[kTokens];
+  const int stride = padded_experts(E);
+  Standing* standings = static_cast<Standing*>(scratch);                     // [tokens, stride]
+  int32_t* ranks = reinterpret_cast<int32_t*>(standings + tokens * stride);  // [tokens, stride]
+  __shared__ int64_t totals[kWarp];                                          // of warps
   __shared__ float thresholds[kTokens];
   __shared__ int32_t counts[kTokens];
   const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const int sharers = blockDim.x / kWarp / kTokens;  // warps of a token
+  const int chunks = (E + kWarp - 1) / kWarp;
 
-  for (int e = threadIdx.x; e < E; e += blockDim.x) {
-    mask[e] = 0;
-  }
   if (threadIdx.x < kTokens) {
-    totals[threadIdx.x] = 0;
     counts[threadIdx.x] = 0;
   }
-  __syncthreads();
-
   // All warps of a token read all of its logits, which waits once, and share the experts' masses.
-  const int token = threadIdx.x / kWarp % kTokens;
+  const int token = warp % kTokens;
   if (token < tokens) {
+    const float threshold = args.thresholds[(first + token) * args.threshold_stride];
     const float* read = args.logits + static_cast<int64_t>(first + token) * E;
     const int64_t split = static_cast<int64_t>(args.num_tokens) * E;
     const auto logit = [&](int e) {
@@ -75,11 +92,11 @@ __device__ void select_tokens(const FfnArgs& args, int first, int tokens, bool w
     for (int u = 0; u < kHeld; ++u) {
       held[u] = logit(u * kWarp + lane);
     }
-    float top = -INFINITY;
+    int32_t top_order = order_of(-INFINITY);
     bool nan = false;
     const auto see = [&](float z) {
       nan |= z != z;
-      top = fmaxf(top, z);
+      top_order = ::max(top_order, order_of(z));
     };
 #pragma unroll
     for (int u = 0; u < kHeld; ++u) {
@@ -89,13 +106,9 @@ __device__ void select_tokens(const FfnArgs& args, int first, int tokens, bool w
       see(logit(e));
     }
     nan = __any_sync(kAllLanes, nan);  // fails open: equal logits at a threshold of 1
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, offset));
-    }
-    const int sharers = blockDim.x / kWarp / kTokens;
-    const int sharer = threadIdx.x / kWarp / kTokens;
-    unsigned long long total = 0;
-    for (int chunk = sharer; chunk * kWarp < E; chunk += sharers) {
+    const float top = logit_of(__reduce_max_sync(kAllLanes, top_order));
+    int64_t total = 0;
+    for (int chunk = warp / kTokens; chunk < chunks; chunk += sharers) {
       const int e = chunk * kWarp + lane;
       float z = held[0];
 #pragma unroll
@@ -104,86 +117,83 @@ __device__ void select_tokens(const FfnArgs& args, int first, int tokens, bool w
       }
       z = chunk < kHeld ? z : logit(e);
       z = nan ? 0.0f : z;
-      if (e < E) {
-        const int64_t mass = nan ? 1 : mass_units(top, z);
-        standings[token * E + e] = {order_of(z, e), mass};
-        total += mass;
+      const uint32_t mass = e >= E ? 0 : nan ? 1 : static_cast<uint32_t>(mass_units(top, z));
+      if (e < stride) {
+        standings[token * stride + e] = {e < E ? order_of(z) : INT32_MIN, mass};
       }
-    }
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      total += __shfl_xor_sync(kAllLanes, total, offset);
+      total += sum_masses(mass);
     }
     if (lane == 0) {
-      atomicAdd(&totals[token], total);
-      thresholds[token] = nan ? 1.0f : args.thresholds[(first + token) * args.threshold_stride];
+      totals[warp] = total;
+      thresholds[token] = nan ? 1.0f : threshold;
     }
   }
   __syncthreads();
 
   // Each expert is compared with all of its token's experts, by several lanes where there are
-  // threads to spare; `use` gets what stands before it.
-  int parts = 1;
-  while (parts < kWarp && 2 * parts * pairs <= static_cast<int>(blockDim.x)) {
-    parts *= 2;
+  // threads to spare.
+  const int pairs = tokens * E;
+  int shift = 0;
+  while (shift < 5 && (pairs << (shift + 1)) <= static_cast<int>(blockDim.x)) {
+    ++shift;
   }
-  const int part = threadIdx.x % parts;
-  const int at_once = blockDim.x / parts;
-  const auto compare = [&](const auto& use) {
-    for (int base = 0; base < pairs; base += at_once) {
-      const int i = base + threadIdx.x / parts;
-      const int t = i < pairs ? i / E : 0;
-      int64_t mass = 0;
-      int32_t experts = 0;
-      if (i < pairs) {
-        const int64_t order = standings[i].order;
-        const Standing* row = standings + t * E;
-#pragma unroll 4
-        for (int j = part; j < E; j += parts) {
-          const Standing other = row[j];
-          const bool before = other.order > order;
-          mass += before ? other.mass : 0;
-          experts += before;
-        }
-      }
-      for (int offset = parts / 2; offset > 0; offset /= 2) {
-        mass += __shfl_xor_sync(kAllLanes, mass, offset);
-        experts += __shfl_xor_sync(kAllLanes, experts, offset);
-      }
-      if (i < pairs && part == 0) {
-        use(t, i - t * E, mass, experts);
+  const int parts = 1 << shift;
+  const int part = threadIdx.x & (parts - 1);
+  for (int base = 0; base < pairs; base += blockDim.x >> shift) {
+    const int i = base + (threadIdx.x >> shift);
+    const int t = kTokens == 1 ? 0 : ::min(i / E, tokens - 1);
+    const int e = ::min(i - t * E, E - 1);
+    const int32_t order = standings[t * stride + e].order;
+    const int4* row = reinterpret_cast<const int4*>(standings + t * stride);
+    int64_t mass = 0;  // of the experts before this one
+    int32_t rank = 0;
+#pragma unroll 8
+    for (int two = part; two < stride / 2; two += parts) {
+      const int4 other = row[two];
+      // Of equal logits the lower index is earlier.
+      const bool first_is_before = other.x >= order + (two >= (e + 1) / 2);
+      const bool second_is_before = other.z >= order + (two >= e / 2);
+      mass += (first_is_before ? static_cast<uint32_t>(other.y) : 0) +
+              (second_is_before ? static_cast<uint32_t>(other.w) : 0);
+      rank += first_is_before + second_is_before;
+    }
+    for (int offset = parts / 2; offset > 0; offset /= 2) {
+      mass += __shfl_xor_sync(kAllLanes, mass, offset);
+      rank += __shfl_xor_sync(kAllLanes, rank, offset);
+    }
+    int64_t total = 0;
+    for (int sharer = 0; sharer < ::min(sharers, chunks); ++sharer) {
+      total += totals[sharer * kTokens + t];
+    }
+    const bool decides = i < pairs && part == 0;
+    const bool needed = decides && is_needed(mass, thresholds[t], total);
+    if (decides) {
+      ranks[t * stride + e] = rank;
+    }
+#pragma unroll
+    for (int of = 0; of < kTokens; ++of) {
+      const unsigned ballot = __ballot_sync(kAllLanes, needed && t == of);
+      if (lane == 0 && ballot != 0) {
+        atomicAdd(&counts[of], __popc(ballot));
       }
     }
-    __syncthreads();
+  }
+  __syncthreads();
+  // The experts needed are the first ones.
+  const auto count_of = [&](int t) {
+    return ::min(::max(counts[t], args.min_experts), args.num_columns);
   };
-  // The last expert that is needed has as many before it as are needed besides.
-  compare([&](int t, int e, int64_t mass, int32_t experts) {
-    if (is_needed(mass, thresholds[t], static_cast<int64_t>(totals[t]))) {
-      atomicMax(&counts[t], experts + 1);
-      atomicOr(&mask[e], 1u << t);
+  for (int e = threadIdx.x; e < E; e += blockDim.x) {
+    uint32_t bits = 0;
+    for (int t = 0; t < tokens; ++t) {
+      bits |= static_cast<uint32_t>(ranks[t * stride + e] < count_of(t)) << t;
     }
-  });
-  bool bounds = false;
-  for (int t = 0; t < tokens; ++t) {
-    bounds |= counts[t] < args.min_experts || counts[t] > args.num_columns;
-  }
-  if (bounds) {
-    __syncthreads();
-    if (threadIdx.x < tokens) {
-      counts[threadIdx.x] = ::min(::max(counts[threadIdx.x], args.min_experts), args.num_columns);
-    }
-    for (int e = threadIdx.x; e < E; e += blockDim.x) {
-      mask[e] = 0;
-    }
-    __syncthreads();
-    compare([&](int t, int e, int64_t, int32_t experts) {
-      if (experts < counts[t]) {
-        atomicOr(&mask[e], 1u << t);
-      }
-    });
+    mask[e] = bits;
   }
   if (writes_counts && threadIdx.x < tokens) {
-    args.counts_out[first + threadIdx.x] = counts[threadIdx.x];
+    args.counts_out[first + threadIdx.x] = count_of(threadIdx.x);
   }
+  __syncthreads();
 }
 
 // The same masks from expert_ids and counts. What is no expert is left out.
@@ -212,9 +222,9 @@ __device__ inline int list_active_experts(const uint32_t* mask, int num_experts,
   __shared__ int32_t warp_counts[32];
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  const int warps = blockDim.x / kWarp;
   int listed = 0;
   for (int base = 0; base < num_experts; base += blockDim.x) {
+    const int warps = (::min(static_cast<int>(blockDim.x), num_experts - base) + kWarp - 1) / kWarp;
     const int e = base + threadIdx.x;
     const bool active = e < num_experts && mask[e] != 0;
     const unsigned ballot = __ballot_sync(kAllLanes, active);
