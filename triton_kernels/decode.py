@@ -233,8 +233,6 @@ def fused_kernel(
             num_selectors,
             1,
             BLOCK_EXPERTS,
-            EXPERT_CHUNK,
-            COMPARED,
         )
 
     num_active = num_listed * expert_width
@@ -356,8 +354,6 @@ def hidden_kernel(
     ROUNDED: tl.constexpr,  # to tf32
     SPLITS: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr,
-    EXPERT_CHUNK: tl.constexpr,
-    COMPARED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_NEURONS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
@@ -379,8 +375,6 @@ def hidden_kernel(
         num_selectors,
         SPLITS,
         BLOCK_EXPERTS,
-        EXPERT_CHUNK,
-        COMPARED,
     )
     num_active = num_listed * expert_width
     share = tl.maximum(tl.cdiv(num_active, tl.num_programs(0)), BLOCK_NEURONS)

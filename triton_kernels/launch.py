@@ -114,6 +114,7 @@ class _Fused:
                 BLOCK_HIDDEN=block,
                 num_warps=8 if experts * block >= 2048 else 4,
             )
+        block_experts = _expert_block(num_experts)
         reducers = 1 if INTERPRETED else min(_MAX_REDUCERS, max(1, self.programs // self.config.programs // 2))
         decode.fused_kernel[(self.programs,)](
             x,
@@ -137,7 +138,9 @@ class _Fused:
             ACTIVATION=activation,
             GATED=inner == 2,
             TOKENS=num_tokens,
-            **_expert_blocks(num_experts),
+            BLOCK_EXPERTS=block_experts,
+            EXPERT_CHUNK=max(16, min(block_experts, _COMPARED // block_experts)),
+            COMPARED=num_experts <= MAX_COMPARED_EXPERTS,
             BLOCK_NEURONS=min(self.config.neurons, 1 << (max(1, width).bit_length() - 1)),
             BLOCK_HIDDEN=configs.block_hidden(shape_of(w_in)),
             BLOCK_REDUCED=min(_REDUCED_COLUMNS, configs.block_hidden(shape_of(w_in))),
@@ -191,7 +194,7 @@ class _Split:
             GATED=inner == 2,
             ROUNDED=_precision(x.dtype) == "tf32",
             SPLITS=_ROUTER_SPLITS,
-            **_expert_blocks(num_experts),
+            BLOCK_EXPERTS=_expert_block(num_experts),
             BLOCK_TOKENS=block_tokens,
             BLOCK_NEURONS=config.neurons,
             BLOCK_HIDDEN=config.columns,
@@ -341,10 +344,8 @@ def _num_selectors(num_tokens: int, programs: int) -> int:
     return 1 if INTERPRETED else min(num_tokens, programs)
 
 
-def _expert_blocks(num_experts: int) -> dict[str, int | bool]:
-    block = max(16, triton.next_power_of_2(num_experts))
-    compared = num_experts <= MAX_COMPARED_EXPERTS
-    return {"BLOCK_EXPERTS": block, "EXPERT_CHUNK": max(16, min(block, _COMPARED // block)), "COMPARED": compared}
+def _expert_block(num_experts: int) -> int:
+    return max(16, triton.next_power_of_2(num_experts))
 
 
 def _router_logits(x: Tensor, router: Router, logits: Tensor, splits: int, zeros: Tensor, block_tokens: int) -> None:

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .route import expert_mass, route_row
 
-# Up to this many experts are compared with each other, each with every one; more are sorted.
+# Up to this many experts are compared with each other, each with every one, by a program that selects for itself.
 MAX_COMPARED_EXPERTS = 256
 
 # int32 counters at the start of the workspace, zero when the first kernel that uses them starts.
@@ -153,8 +153,6 @@ def _mark_token(
     max_experts,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    COMPARED: tl.constexpr,
 ):
     """Sets a token's bit in the words of its experts."""
     lane = tl.arange(0, BLOCK)
@@ -164,16 +162,9 @@ def _mark_token(
         expert = tl.load(expert_ids + token * max_experts + lane, mask=active, other=0)
     else:
         tau = tl.load(threshold + token * threshold_stride)
-        if COMPARED:
-            active = compare_experts(
-                logits, token, tau, num_tokens, num_experts, min_experts, max_experts, SPLITS, BLOCK, CHUNK
-            )
-            expert = lane
-            count = tl.sum(active.to(tl.int32), axis=0)
-        else:
-            z = _load_logits(logits, token, lane, num_tokens, num_experts, SPLITS)
-            expert, _, _, count = route_row(z, tau, num_experts, max_experts, min_experts, BLOCK)
-            active = lane < count
+        z = _load_logits(logits, token, lane, num_tokens, num_experts, SPLITS)
+        expert, _, _, count = route_row(z, tau, num_experts, max_experts, min_experts, BLOCK)
+        active = lane < count
         tl.store(counts + token, count)
     tl.atomic_or(words + expert, bit, mask=active, sem="relaxed")
 
@@ -196,8 +187,6 @@ def list_experts(
     num_selectors,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    COMPARED: tl.constexpr,
 ):
     """Lists the experts that any token chose, in ascending order, and their words; waits until they are.
 
@@ -224,8 +213,6 @@ def list_experts(
                 max_experts,
                 SPLITS,
                 BLOCK,
-                CHUNK,
-                COMPARED,
             )
         tl.debug_barrier()  # the whole program's bits before its arrival
         if tl.atomic_add(counters + SELECTED, 1, sem="acq_rel") == num_selectors - 1:
