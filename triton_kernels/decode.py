@@ -176,7 +176,7 @@ def fused_kernel(
     TOKENS: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr,
     EXPERT_CHUNK: tl.constexpr,
-    COMPARED: tl.constexpr,
+    ALONE: tl.constexpr,
     BLOCK_NEURONS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_REDUCED: tl.constexpr,
@@ -194,7 +194,7 @@ def fused_kernel(
         xs = xs + (to_float(value),)
 
     lane = tl.arange(0, BLOCK_EXPERTS)
-    if COMPARED:  # every program for itself, which takes less time than waiting for another
+    if ALONE:  # every program for itself, which takes less time than waiting for another
         program = tl.program_id(0)
         all_words = select_all(
             logits,
@@ -246,7 +246,7 @@ def fused_kernel(
         valid = k < end
         # A step has neurons of at most two experts. Scalars leave the layout of the blocks to the loads.
         rank = start // expert_width
-        if COMPARED:
+        if ALONE:
             here = tl.sum(tl.where(position == rank, all_words * BLOCK_EXPERTS + lane, 0), axis=0)
             after = tl.sum(tl.where(position == rank + 1, all_words * BLOCK_EXPERTS + lane, 0), axis=0)
         else:

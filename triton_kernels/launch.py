@@ -11,12 +11,12 @@ from .arithmetic import INTERPRETED
 from .checks import in_strides
 from .configs import MAX_DECODE_TOKENS, MIN_BLOCK_TOKENS, Shape
 from .route import route_into
-from .selection import MAX_COMPARED_EXPERTS, NUM_COUNTERS
+from .selection import MAX_ALONE_EXPERTS, NUM_COUNTERS
 
 _ROUTER_SPLITS = 8
 _REDUCED_COLUMNS = 128
 _MAX_REDUCERS = 32
-# Comparisons of experts that a program has in registers at a time.
+# Comparisons of given experts that a program has in registers at a time.
 _COMPARED = 2048
 
 
@@ -140,13 +140,14 @@ class _Fused:
             TOKENS=num_tokens,
             BLOCK_EXPERTS=block_experts,
             EXPERT_CHUNK=max(16, min(block_experts, _COMPARED // block_experts)),
-            COMPARED=num_experts <= MAX_COMPARED_EXPERTS,
+            ALONE=num_experts <= MAX_ALONE_EXPERTS,
             BLOCK_NEURONS=min(self.config.neurons, 1 << (max(1, width).bit_length() - 1)),
             BLOCK_HIDDEN=configs.block_hidden(shape_of(w_in)),
             BLOCK_REDUCED=min(_REDUCED_COLUMNS, configs.block_hidden(shape_of(w_in))),
             ALIGNED=_is_aligned(w_in, w_out),
             STAGES=self.config.stages,
             num_warps=self.config.warps,
+            **_registers(self.config.programs * self.config.warps),
         )
 
 

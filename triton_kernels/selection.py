@@ -6,10 +6,10 @@ A call's tokens are bits of one word for each expert, so that an expert's weight
 import triton
 import triton.language as tl
 
-from .route import expert_mass, route_row
+from .route import route_row
 
-# Up to this many experts are compared with each other, each with every one, by a program that selects for itself.
-MAX_COMPARED_EXPERTS = 256
+# With up to this many experts, every program of `fused_kernel` selects for itself.
+MAX_ALONE_EXPERTS = 256
 
 # int32 counters at the start of the workspace, zero when the first kernel that uses them starts.
 TICKETS = tl.constexpr(0)  # programs that have started
@@ -42,14 +42,7 @@ def _load_logits(logits, token, expert, num_tokens, num_experts, SPLITS: tl.cons
 
 
 @triton.jit
-def _clean(z, exists, has_nan):
-    """As `route_row` does: a row with a NaN is one of equal logits, and -0 and +0 are a tie."""
-    z = tl.where(has_nan & exists, 0.0, z)
-    return tl.where(z == 0.0, 0.0, z)
-
-
-@triton.jit
-def compare_experts(
+def sort_experts(
     logits,
     token,
     tau,
@@ -59,36 +52,16 @@ def compare_experts(
     max_experts,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
-    """Which of the BLOCK experts are active for a token: `route_row` without a sort, in BLOCK² comparisons."""
+    """Which of the BLOCK experts are active for a token: the last of `route_row`'s, and those before it."""
     i = tl.arange(0, BLOCK)
-    exists = i < num_experts
     z = _load_logits(logits, token, i, num_tokens, num_experts, SPLITS)
-    has_nan = tl.max((z != z).to(tl.int32), axis=0) != 0
-    z = _clean(z, exists, has_nan)
-    top = tl.max(z, axis=0)
-
-    befores = tl.zeros((CHUNK, BLOCK), tl.int64)  # mass of the experts before this one
-    ranks = tl.zeros((CHUNK, BLOCK), tl.int32)  # and their number
-    totals = tl.zeros((CHUNK,), tl.int64)
-    for start in range(0, BLOCK, CHUNK):
-        j = start + tl.arange(0, CHUNK)
-        other_exists = j < num_experts
-        other = _clean(_load_logits(logits, token, j, num_tokens, num_experts, SPLITS), other_exists, has_nan)
-        q = tl.where(other_exists, expert_mass(other, top), 0)
-        comes_first = (other[:, None] > z[None, :]) | ((other[:, None] == z[None, :]) & (j[:, None] < i[None, :]))
-        befores += tl.where(comes_first, q[:, None], 0)
-        ranks += comes_first.to(tl.int32)
-        totals += q
-    before = tl.sum(befores, axis=0)
-    rank = tl.sum(ranks, axis=0)
-    total = tl.sum(totals, axis=0)
-
-    # Written so that a NaN threshold is dense.
-    is_dense = has_nan | ((tau < 1.0) == 0)
-    needed = (before.to(tl.float64) < tau.to(tl.float64) * total.to(tl.float64)) | (rank < min_experts)
-    return exists & tl.where(is_dense, exists, needed) & (rank < max_experts)
+    expert, _, _, count = route_row(z, tau, num_experts, max_experts, min_experts, BLOCK)
+    last = tl.sum(tl.where(i == count - 1, expert, 0), axis=0)
+    # Where there is a NaN, all logits are equal.
+    z = tl.where(tl.max((z != z).to(tl.int32), axis=0) != 0, 0.0, z)
+    least = tl.sum(tl.where(i == last, z, 0.0), axis=0)
+    return (i < num_experts) & ((z > least) | ((z == least) & (i <= last)))
 
 
 @triton.jit
@@ -127,9 +100,7 @@ def select_all(
     for token in tl.static_range(TOKENS):
         if expert_ids is None:
             tau = tl.load(threshold + token * threshold_stride)
-            active = compare_experts(
-                logits, token, tau, num_tokens, num_experts, min_experts, max_experts, SPLITS, BLOCK, CHUNK
-            )
+            active = sort_experts(logits, token, tau, num_tokens, num_experts, min_experts, max_experts, SPLITS, BLOCK)
             if writes_counts:
                 tl.store(counts + token, tl.sum(active.to(tl.int32), axis=0))
         else:

@@ -182,5 +182,5 @@ def test_tuned_configurations_spill_no_registers(monkeypatch, key, tmp_path):
 def test_few_tokens_load_weights_16_bytes_at_a_time(monkeypatch):
     kernel, args, options = launches_of(monkeypatch, 90, 1, 4096, 112, 2, torch.bfloat16)[1]
     ptx = compile_launch(90, kernel, args, options).asm["ptx"]
-    assert len(re.findall(r"ld\.global\S*evict_first\S*v4\.b32", ptx)) >= 3
-    assert re.findall(r"ld\.global\S*evict_first\S*\.b16", ptx) == []
+    assert len(re.findall(r"ld\.global\S*evict_first\S*v4\.b32|cp\.async\.cg\S*", ptx)) >= 3
+    assert re.findall(r"ld\.global\S*evict_first\S*\.b16|cp\.async\.ca\S*", ptx) == []
