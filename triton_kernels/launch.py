@@ -13,7 +13,7 @@ from .configs import MAX_DECODE_TOKENS, MIN_BLOCK_TOKENS, Shape
 from .route import route_into
 from .selection import MAX_ALONE_EXPERTS, NUM_COUNTERS
 
-_ROUTER_SPLITS = 8
+_ROUTER_SPLITS = 16
 _REDUCED_COLUMNS = 128
 _MAX_REDUCERS = 32
 # Comparisons of given experts that a program has in registers at a time.
@@ -369,7 +369,7 @@ def _router_logits(x: Tensor, router: Router, logits: Tensor, splits: int, zeros
         BLOCK_EXPERTS=experts,
         BLOCK_HIDDEN=64 if x.dtype == torch.float32 else 128,
         num_warps=4,
-        num_stages=2,
+        num_stages=2 if splits == 1 or torch.version.hip is not None else 4,  # all that a program loads, at once
     )
 
 
