@@ -25,10 +25,10 @@ def wait_for(counter, value):
 
     What they wrote before is seen by loads that depend on the result; compilers move other loads to before the wait.
     """
-    seen = tl.load(counter, volatile=True)
+    seen = tl.atomic_add(counter, 0, sem="acquire")
     while seen < value:
-        seen = tl.load(counter, volatile=True)
-    return tl.atomic_add(counter, 0, sem="acquire")
+        seen = tl.atomic_add(counter, 0, sem="acquire")
+    return seen
 
 
 @triton.jit
