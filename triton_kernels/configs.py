@@ -80,6 +80,11 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def overlaps(arch: str) -> bool:
+    """Whether a kernel can start before the one before it on the stream ends (programmatic dependent launch)."""
+    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
+
+
 @functools.cache
 def num_multiprocessors(device: torch.device) -> int:
     if INTERPRETED or device.type != "cuda":

@@ -19,6 +19,15 @@ _NUM_COUNTERS = tl.constexpr(NUM_COUNTERS)
 
 
 @triton.jit
+def _wait_for_previous(OVERLAPS: tl.constexpr):
+    """The first thing that a kernel does, in every program: one that OVERLAPS may start while the one before it on the
+    stream runs. After this that one has ended, and those before it, which it waited for; the next one may start."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def _fill_zeros(region, size, program, num_programs, BLOCK: tl.constexpr):
     """The program's share of setting int32 region [size] to zero."""
     for start in range(program * BLOCK, size, num_programs * BLOCK):
@@ -42,7 +51,9 @@ def router_kernel(
     TOKENS: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    _wait_for_previous(OVERLAPS)
     program = tl.program_id(0)
     expert = program * BLOCK_EXPERTS + tl.arange(0, BLOCK_EXPERTS)
     exists = expert < num_experts
@@ -84,8 +95,10 @@ def router_dot_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Grid: blocks of experts, SPLITS, blocks of tokens."""
+    _wait_for_previous(OVERLAPS)
     split = tl.program_id(1)
     expert = tl.program_id(0) * BLOCK_EXPERTS + tl.arange(0, BLOCK_EXPERTS)
     exists = expert < num_experts
@@ -182,8 +195,10 @@ def fused_kernel(
     BLOCK_REDUCED: tl.constexpr,
     ALIGNED: tl.constexpr,  # rows of w_in and w_out to 16 bytes, H to 16 elements
     STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program holds whole rows: BLOCK_HIDDEN is at least H, BLOCK_NEURONS at most n, and TOKENS is T."""
+    _wait_for_previous(OVERLAPS)
     inner: tl.constexpr = 2 if GATED else 1
     num_programs = tl.num_programs(0)
     column = tl.arange(0, BLOCK_HIDDEN)
@@ -357,7 +372,9 @@ def hidden_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_NEURONS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    _wait_for_previous(OVERLAPS)
     program, num_listed = list_experts(
         logits,
         threshold,
@@ -482,8 +499,10 @@ def output_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_NEURONS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Grid: blocks of columns, SPLITS of the neurons, blocks of tokens (one, if there are SPLITS)."""
+    _wait_for_previous(OVERLAPS)
     column_block = tl.program_id(0)
     split = tl.program_id(1)
     num_active = num_neurons

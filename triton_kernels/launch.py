@@ -81,8 +81,9 @@ class _Fused:
 
     def __init__(self, space: _Space, num_tokens: int, w_in: Tensor, device: torch.device):
         num_experts, hidden_size = w_in.shape[0], w_in.shape[3]
-        shape = shape_of(w_in)
-        self.config = configs.fused(configs.architecture(device), shape, num_tokens)
+        arch = configs.architecture(device)
+        self.config = configs.fused(arch, shape_of(w_in), num_tokens)
+        self.overlap = _overlap(arch)
         self.programs = configs.num_multiprocessors(device) * self.config.programs
         self.zeroed = _Zeroed(space, num_experts, hidden_size)
         self.logits = space.take(torch.float32, num_tokens, num_experts)
@@ -113,6 +114,7 @@ class _Fused:
                 BLOCK_EXPERTS=experts,
                 BLOCK_HIDDEN=block,
                 num_warps=8 if experts * block >= 2048 else 4,
+                **self.overlap,
             )
         block_experts = _expert_block(num_experts)
         reducers = 1 if INTERPRETED else min(_MAX_REDUCERS, max(1, self.programs // self.config.programs // 2))
@@ -148,6 +150,7 @@ class _Fused:
             STAGES=self.config.stages,
             num_warps=self.config.warps,
             **_registers(self.config.programs * self.config.warps),
+            **self.overlap,
         )
 
 
@@ -158,6 +161,7 @@ class _Split:
         num_experts, hidden_size = w_in.shape[0], w_in.shape[3]
         shape = shape_of(w_in)
         arch = configs.architecture(device)
+        self.overlap = _overlap(arch)
         self.hidden_config, self.output_config = configs.hidden_and_output(arch, shape, num_tokens)
         self.programs = configs.num_multiprocessors(device) * self.hidden_config.programs
         self.zeroed = _Zeroed(space, num_experts, hidden_size)
@@ -174,7 +178,7 @@ class _Split:
         if router is None:
             self.zeroed.all.zero_()
         else:
-            _router_logits(x, router, self.logits, _ROUTER_SPLITS, self.zeroed.all, block_tokens)
+            _router_logits(x, router, self.logits, _ROUTER_SPLITS, self.zeroed.all, block_tokens, self.overlap)
         config = self.hidden_config
         decode.hidden_kernel[(self.programs,)](
             x,
@@ -202,6 +206,7 @@ class _Split:
             num_warps=config.warps,
             num_stages=config.stages,
             **_registers(config.programs * config.warps),
+            **self.overlap,
         )
         config = self.output_config
         decode.output_kernel[(triton.cdiv(hidden_size, config.columns), config.splits, 1)](
@@ -224,6 +229,7 @@ class _Split:
             BLOCK_COLUMNS=config.columns,
             num_warps=config.warps,
             num_stages=config.stages,
+            **self.overlap,
         )
 
 
@@ -246,7 +252,7 @@ class _Grouped:
         num_tokens, hidden_size = x.shape
         num_experts, width, inner, _ = w_in.shape
         if router is not None:
-            _router_logits(x, router, self.logits, 1, self.zeros, 64)
+            _router_logits(x, router, self.logits, 1, self.zeros, 64, {"OVERLAPS": False})
             columns = router.max_experts
             expert_ids = self.expert_ids.view(-1)[: num_tokens * columns].view(num_tokens, columns)
             probs = self.probs.view(-1)[: num_tokens * columns].view(num_tokens, columns)
@@ -309,6 +315,7 @@ class _Grouped:
             BLOCK_COLUMNS=columns,
             num_warps=warps,
             num_stages=stages,
+            OVERLAPS=False,
         )
 
 
@@ -349,7 +356,20 @@ def _expert_block(num_experts: int) -> int:
     return max(16, triton.next_power_of_2(num_experts))
 
 
-def _router_logits(x: Tensor, router: Router, logits: Tensor, splits: int, zeros: Tensor, block_tokens: int) -> None:
+def _overlap(arch: str) -> dict[str, bool]:
+    """Options of kernels that overlap the one before, where they can: others know no `launch_pdl`."""
+    return {"OVERLAPS": True, "launch_pdl": True} if configs.overlaps(arch) else {"OVERLAPS": False}
+
+
+def _router_logits(
+    x: Tensor,
+    router: Router,
+    logits: Tensor,
+    splits: int,
+    zeros: Tensor,
+    block_tokens: int,
+    overlap: dict[str, bool],
+) -> None:
     num_tokens, hidden_size = x.shape
     num_experts = router.weight.shape[0]
     experts = 16 if block_tokens <= 64 and splits > 1 else 32
@@ -370,6 +390,7 @@ def _router_logits(x: Tensor, router: Router, logits: Tensor, splits: int, zeros
         BLOCK_HIDDEN=64 if x.dtype == torch.float32 else 128,
         num_warps=4,
         num_stages=2 if splits == 1 or torch.version.hip is not None else 4,  # all that a program loads, at once
+        **overlap,
     )
 
 

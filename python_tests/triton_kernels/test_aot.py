@@ -184,3 +184,19 @@ def test_few_tokens_load_weights_16_bytes_at_a_time(monkeypatch):
     ptx = compile_launch(90, kernel, args, options).asm["ptx"]
     assert len(re.findall(r"ld\.global\S*evict_first\S*v4\.b32|cp\.async\.cg\S*", ptx)) >= 3
     assert re.findall(r"ld\.global\S*evict_first\S*\.b16|cp\.async\.ca\S*", ptx) == []
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("num_tokens", [1, 8])
+def test_kernels_wait_for_the_one_before_where_they_overlap(monkeypatch, arch, num_tokens):
+    for kernel, args, options in launches_of(monkeypatch, arch, num_tokens, 1024, 32, 1, torch.bfloat16):
+        ptx = compile_launch(arch, kernel, args, options).asm["ptx"]
+        assert ("launch_pdl" in options) == ("griddepcontrol" in ptx) == (arch >= 90)
+        if arch >= 90:
+            accesses = r"\b(?:ld|st|atom|red|cp\.async)\S*\.global\S*|griddepcontrol\.wait"
+            assert re.search(accesses, ptx).group() == "griddepcontrol.wait"
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx90a", "interpreter"])
+def test_other_gpus_overlap_no_kernels(arch):
+    assert not configs.overlaps(arch)
