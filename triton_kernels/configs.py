@@ -80,9 +80,12 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def overlaps(arch: str) -> bool:
-    """Whether a kernel can start before the one before it on the stream ends (programmatic dependent launch)."""
-    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
+def overlaps(arch: str, num_tokens: int) -> bool:
+    """Whether kernels start before the one before them on the stream ends (programmatic dependent launch).
+
+    With 32 tokens that took 9 µs longer on an H100, at Llama-3-8B's shape; with 1 to 8 it takes 1 to 2 µs less.
+    """
+    return num_tokens <= MIN_BLOCK_TOKENS and arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
 
 
 @functools.cache

@@ -83,7 +83,7 @@ class _Fused:
         num_experts, hidden_size = w_in.shape[0], w_in.shape[3]
         arch = configs.architecture(device)
         self.config = configs.fused(arch, shape_of(w_in), num_tokens)
-        self.overlap = _overlap(arch)
+        self.overlap = _overlap(arch, num_tokens)
         self.programs = configs.num_multiprocessors(device) * self.config.programs
         self.zeroed = _Zeroed(space, num_experts, hidden_size)
         self.logits = space.take(torch.float32, num_tokens, num_experts)
@@ -161,7 +161,7 @@ class _Split:
         num_experts, hidden_size = w_in.shape[0], w_in.shape[3]
         shape = shape_of(w_in)
         arch = configs.architecture(device)
-        self.overlap = _overlap(arch)
+        self.overlap = _overlap(arch, num_tokens)
         self.hidden_config, self.output_config = configs.hidden_and_output(arch, shape, num_tokens)
         self.programs = configs.num_multiprocessors(device) * self.hidden_config.programs
         self.zeroed = _Zeroed(space, num_experts, hidden_size)
@@ -356,9 +356,9 @@ def _expert_block(num_experts: int) -> int:
     return max(16, triton.next_power_of_2(num_experts))
 
 
-def _overlap(arch: str) -> dict[str, bool]:
-    """Options of kernels that overlap the one before, where they can: others know no `launch_pdl`."""
-    return {"OVERLAPS": True, "launch_pdl": True} if configs.overlaps(arch) else {"OVERLAPS": False}
+def _overlap(arch: str, num_tokens: int) -> dict[str, bool]:
+    """Options of kernels that overlap the one before, where they do: other GPUs know no `launch_pdl`."""
+    return {"OVERLAPS": True, "launch_pdl": True} if configs.overlaps(arch, num_tokens) else {"OVERLAPS": False}
 
 
 def _router_logits(

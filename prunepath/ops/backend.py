@@ -15,6 +15,9 @@ from prunepath.errors import BackendError
 from prunepath.ops import reference
 
 NAMES = ("triton", "cuda", "cpu", "reference")
+# For these numbers of tokens in half precision, Triton's `routed_ffn` was faster than CUDA's at every shape and active
+# fraction measured (docs/performance.md).
+_TRITON_TOKENS = range(17, 65)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +55,9 @@ def cpu_kernel() -> str:
 def resolve_backend(name: str, device: torch.device) -> Backend:
     """The backend called `name` for tensors on `device`.
 
-    `auto` is `cpu` on a CPU. On a GPU it is `cuda`, whose `routed_ffn` was the faster one for every shape and batch
-    measured (docs/performance.md); where PrunePath's CUDA library is missing, as with AMD's GPUs, it is `triton`, and
-    without Triton `reference`, each with a warning.
+    `auto` is `cpu` on a CPU. On a GPU it is `cuda`, with Triton's FFNs for 17 to 64 tokens in half precision, which
+    were the faster ones (docs/performance.md); where PrunePath's CUDA library is missing, as with AMD's GPUs, it is
+    `triton`, and without Triton `reference`, each with a warning.
 
     Raises:
         BackendError: there is no such backend, or it is not available here or for this device.
@@ -63,6 +66,8 @@ def resolve_backend(name: str, device: torch.device) -> Backend:
     device = torch.device(device)
     if name == "auto":
         name = _automatic(device)
+        if name == "cuda" and _missing("triton") is None:
+            return _fastest()
     if name not in NAMES:
         raise BackendError(f"Expected a backend out of auto, {', '.join(NAMES)}, got {name!r}.")
     if name == "cpu":
@@ -76,11 +81,29 @@ def resolve_backend(name: str, device: torch.device) -> Backend:
         raise BackendError(f"The backend triton works on cuda tensors, got the device {device}.")
     if name == "reference":
         return Backend(name, reference.route, reference.sparse_ffn, reference.routed_ffn)
-    if name == "triton":
-        return _triton()
+    return _triton() if name == "triton" else _native(name)
+
+
+def _native(name: str) -> Backend:
     from prunepath import ops  # here, because it imports this module
 
     return Backend(name, ops.route, torch.ops.prunepath.sparse_ffn.default, torch.ops.prunepath.routed_ffn.default)
+
+
+def _fastest() -> Backend:
+    """On an NVIDIA GPU, for each call the kernels that were the faster ones for as many tokens."""
+    cuda, triton = _native("cuda"), _triton()
+
+    def pick(x: torch.Tensor) -> Backend:
+        return triton if x.shape[0] in _TRITON_TOKENS and x.dtype in (torch.bfloat16, torch.float16) else cuda
+
+    def sparse_ffn(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return pick(x).sparse_ffn(x, *args, **kwargs)
+
+    def routed_ffn(x: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        return pick(x).routed_ffn(x, *args, **kwargs)
+
+    return Backend("auto", cuda.route, sparse_ffn, routed_ffn)
 
 
 def _automatic(device: torch.device) -> str:

@@ -106,6 +106,13 @@ def test_every_number_of_tokens(backend, num_tokens, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 16, 17, 64, 65])
+def test_auto_is_right_whichever_kernels_it_takes(num_tokens, dtype):
+    backend = ops.resolve_backend("auto", torch.device("cuda"))
+    assert_both_close(backend, Problem(num_tokens, 16, 24, 160, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 4, 6, 80])
 @pytest.mark.parametrize(
     ("E", "n", "H"), [(1, 1, 1), (1, 7, 5), (3, 1, 33), (5, 70, 257), (33, 5, 96), (257, 3, 64), (1000, 2, 48)]

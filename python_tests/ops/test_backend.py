@@ -68,3 +68,28 @@ def test_a_gpu_without_the_cuda_library_warns_and_uses_the_next_best(monkeypatch
     monkeypatch.setattr(backend, "_missing", {"triton": triton}.get)
     with pytest.warns(UserWarning, match=f"backend {name} is used on cuda. The library is missing"):
         assert backend._automatic(torch.device("cuda")) == name
+
+
+def test_auto_takes_for_each_call_on_a_gpu_the_kernels_that_were_faster(monkeypatch):
+    def operators(name):
+        def answer(x, *args, **kwargs):
+            return name, args, kwargs
+
+        return backend.Backend(name, answer, answer, answer)
+
+    monkeypatch.setattr(native, "cuda_error", lambda: None)
+    monkeypatch.setattr(backend, "_missing", lambda name: None)
+    monkeypatch.setattr(backend, "_native", operators)
+    monkeypatch.setattr(backend, "_triton", lambda: operators("triton"))
+    chosen = ops.resolve_backend("auto", torch.device("cuda"))
+    for num_tokens, dtype, name in [
+        (1, torch.bfloat16, "cuda"),
+        (16, torch.float16, "cuda"),
+        (17, torch.float16, "triton"),
+        (64, torch.bfloat16, "triton"),
+        (65, torch.bfloat16, "cuda"),
+        (32, torch.float32, "cuda"),
+    ]:
+        x = torch.empty(num_tokens, 8, dtype=dtype)
+        assert chosen.sparse_ffn(x, 1, b_in=2) == (name, (1,), {"b_in": 2})
+        assert chosen.routed_ffn(x, 3) == (name, (3,), {})

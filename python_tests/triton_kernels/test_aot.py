@@ -187,16 +187,18 @@ def test_few_tokens_load_weights_16_bytes_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("num_tokens", [1, 8])
+@pytest.mark.parametrize("num_tokens", [1, 8, 32])
 def test_kernels_wait_for_the_one_before_where_they_overlap(monkeypatch, arch, num_tokens):
     for kernel, args, options in launches_of(monkeypatch, arch, num_tokens, 1024, 32, 1, torch.bfloat16):
         ptx = compile_launch(arch, kernel, args, options).asm["ptx"]
-        assert ("launch_pdl" in options) == ("griddepcontrol" in ptx) == (arch >= 90)
-        if arch >= 90:
+        overlaps = configs.overlaps(f"sm_{arch}", num_tokens)
+        assert overlaps == (arch >= 90 and num_tokens < 32)
+        assert ("launch_pdl" in options) == ("griddepcontrol" in ptx) == overlaps
+        if overlaps:
             accesses = r"\b(?:ld|st|atom|red|cp\.async)\S*\.global\S*|griddepcontrol\.wait"
             assert re.search(accesses, ptx).group() == "griddepcontrol.wait"
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "gfx90a", "interpreter"])
 def test_other_gpus_overlap_no_kernels(arch):
-    assert not configs.overlaps(arch)
+    assert not configs.overlaps(arch, 1)
