@@ -474,7 +474,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=lambda s: s.split(","), default=list(TASKS))
     parser.add_argument("--methods", type=lambda s: s.split(","), default=list(METHODS))
     parser.add_argument("--seeds", type=lambda s: [int(part) for part in s.split(",")], default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600, help="of fine-tuning")
+    parser.add_argument("--steps", type=int, default=400, help="of fine-tuning")
     parser.add_argument("--batch-size", type=int, default=24, help="examples of a step")
     parser.add_argument("--num-experts", type=int, default=128)
     parser.add_argument("--time-limit", type=float, help="seconds after which what is running is stopped")
