@@ -15,9 +15,10 @@ from prunepath.errors import BackendError
 from prunepath.ops import reference
 
 NAMES = ("triton", "cuda", "cpu", "reference")
-# For these numbers of tokens in half precision, Triton's `routed_ffn` was faster than CUDA's at every shape and active
-# fraction measured (docs/performance.md).
+# Triton's FFNs were faster than CUDA's for these numbers of tokens in half precision (docs/performance.md). With so many
+# numbers in w_in, or more, the GPU takes longer than launching them from Python does.
 _TRITON_TOKENS = range(17, 65)
+_TRITON_NUMEL = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +56,9 @@ def cpu_kernel() -> str:
 def resolve_backend(name: str, device: torch.device) -> Backend:
     """The backend called `name` for tensors on `device`.
 
-    `auto` is `cpu` on a CPU. On a GPU it is `cuda`, with Triton's FFNs for 17 to 64 tokens in half precision, which
-    were the faster ones (docs/performance.md); where PrunePath's CUDA library is missing, as with AMD's GPUs, it is
-    `triton`, and without Triton `reference`, each with a warning.
+    `auto` is `cpu` on a CPU. On a GPU it is `cuda`, with Triton's FFNs for 17 to 64 tokens of large models in half
+    precision, which were the faster ones (docs/performance.md), except under `torch.compile`; where PrunePath's CUDA
+    library is missing, as with AMD's GPUs, it is `triton`, and without Triton `reference`, each with a warning.
 
     Raises:
         BackendError: there is no such backend, or it is not available here or for this device.
@@ -91,17 +92,22 @@ def _native(name: str) -> Backend:
 
 
 def _fastest() -> Backend:
-    """On an NVIDIA GPU, for each call the kernels that were the faster ones for as many tokens."""
+    """On an NVIDIA GPU, for each call the kernels that were the faster ones for as many tokens and weights.
+
+    Those of CUDA under `torch.compile`, which would trace what launches Triton's: these are functions, no operators.
+    """
     cuda, triton = _native("cuda"), _triton()
 
-    def pick(x: torch.Tensor) -> Backend:
-        return triton if x.shape[0] in _TRITON_TOKENS and x.dtype in (torch.bfloat16, torch.float16) else cuda
+    def pick(x: torch.Tensor, w_in: torch.Tensor) -> Backend:
+        if torch.compiler.is_compiling() or x.dtype == torch.float32:
+            return cuda
+        return triton if x.shape[0] in _TRITON_TOKENS and w_in.numel() >= _TRITON_NUMEL else cuda
 
-    def sparse_ffn(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return pick(x).sparse_ffn(x, *args, **kwargs)
+    def sparse_ffn(x, w_in, *args, **kwargs):
+        return pick(x, w_in).sparse_ffn(x, w_in, *args, **kwargs)
 
-    def routed_ffn(x: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        return pick(x).routed_ffn(x, *args, **kwargs)
+    def routed_ffn(x, router_weight, router_bias, threshold, w_in, *args, **kwargs):
+        return pick(x, w_in).routed_ffn(x, router_weight, router_bias, threshold, w_in, *args, **kwargs)
 
     return Backend("auto", cuda.route, sparse_ffn, routed_ffn)
 

@@ -70,7 +70,10 @@ def test_a_gpu_without_the_cuda_library_warns_and_uses_the_next_best(monkeypatch
         assert backend._automatic(torch.device("cuda")) == name
 
 
-def test_auto_takes_for_each_call_on_a_gpu_the_kernels_that_were_faster(monkeypatch):
+@pytest.fixture
+def two_backends(monkeypatch):
+    """`auto` as on a GPU, of two backends that answer with their names."""
+
     def operators(name):
         def answer(x, *args, **kwargs):
             return name, args, kwargs
@@ -81,15 +84,30 @@ def test_auto_takes_for_each_call_on_a_gpu_the_kernels_that_were_faster(monkeypa
     monkeypatch.setattr(backend, "_missing", lambda name: None)
     monkeypatch.setattr(backend, "_native", operators)
     monkeypatch.setattr(backend, "_triton", lambda: operators("triton"))
-    chosen = ops.resolve_backend("auto", torch.device("cuda"))
-    for num_tokens, dtype, name in [
-        (1, torch.bfloat16, "cuda"),
-        (16, torch.float16, "cuda"),
-        (17, torch.float16, "triton"),
-        (64, torch.bfloat16, "triton"),
-        (65, torch.bfloat16, "cuda"),
-        (32, torch.float32, "cuda"),
-    ]:
-        x = torch.empty(num_tokens, 8, dtype=dtype)
-        assert chosen.sparse_ffn(x, 1, b_in=2) == (name, (1,), {"b_in": 2})
-        assert chosen.routed_ffn(x, 3) == (name, (3,), {})
+    return ops.resolve_backend("auto", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    "num_tokens, dtype, numel, name",
+    [
+        (1, torch.bfloat16, 1 << 26, "cuda"),
+        (16, torch.float16, 1 << 26, "cuda"),
+        (17, torch.float16, 1 << 26, "triton"),
+        (64, torch.bfloat16, 1 << 27, "triton"),
+        (64, torch.bfloat16, 1 << 25, "cuda"),
+        (65, torch.bfloat16, 1 << 26, "cuda"),
+        (32, torch.float32, 1 << 26, "cuda"),
+    ],
+)
+def test_auto_takes_for_each_call_on_a_gpu_the_kernels_that_were_faster(two_backends, num_tokens, dtype, numel, name):
+    x, w_in = (torch.empty(size, dtype=dtype, device="meta") for size in ((num_tokens, 8), (numel,)))
+    assert two_backends.sparse_ffn(x, w_in, 1, b_in=2) == (name, (w_in, 1), {"b_in": 2})
+    assert two_backends.routed_ffn(x, 3, 4, 5, w_in, 6) == (name, (3, 4, 5, w_in, 6), {})
+
+
+def test_auto_takes_operators_where_it_is_compiled(two_backends):
+    w_in = torch.empty(1 << 26, dtype=torch.bfloat16, device="meta")
+    compiled = torch.compile(
+        lambda x: (x + 1, two_backends.routed_ffn(x, None, None, None, w_in)[0]), fullgraph=True, backend="eager"
+    )
+    assert compiled(torch.zeros(32, 8, dtype=torch.bfloat16))[1] == "cuda"
