@@ -15,8 +15,8 @@ from prunepath.errors import BackendError
 from prunepath.ops import reference
 
 NAMES = ("triton", "cuda", "cpu", "reference")
-# Triton's FFNs were faster than CUDA's for these numbers of tokens in half precision (docs/performance.md). With so many
-# numbers in w_in, or more, the GPU takes longer than launching them from Python does.
+# For these numbers of tokens in half precision Triton's FFNs were faster than CUDA's (docs/performance.md). With so
+# many numbers in w_in, or more, the GPU takes longer than launching them from Python does.
 _TRITON_TOKENS = range(17, 65)
 _TRITON_NUMEL = 1 << 26
 
