@@ -94,7 +94,7 @@ def _native(name: str) -> Backend:
 def _fastest() -> Backend:
     """On an NVIDIA GPU, for each call the kernels that were the faster ones for as many tokens and weights.
 
-    Those of CUDA under `torch.compile`, which would trace what launches Triton's: these are functions, no operators.
+    Those of CUDA under `torch.compile`, where Triton's were not timed.
     """
     cuda, triton = _native("cuda"), _triton()
 
@@ -152,8 +152,6 @@ def _interpreting() -> bool:
 
 
 def _triton() -> Backend:
-    from prunepath.triton_kernels.route import route
-    from prunepath.triton_kernels.routed_ffn import routed_ffn
-    from prunepath.triton_kernels.sparse_ffn import sparse_ffn
+    from prunepath.triton_kernels import operators
 
-    return Backend("triton", route, sparse_ffn, routed_ffn)
+    return Backend("triton", operators.route, operators.sparse_ffn, operators.routed_ffn)

@@ -105,7 +105,7 @@ def test_auto_takes_for_each_call_on_a_gpu_the_kernels_that_were_faster(two_back
     assert two_backends.routed_ffn(x, 3, 4, 5, w_in, 6) == (name, (3, 4, 5, w_in, 6), {})
 
 
-def test_auto_takes_operators_where_it_is_compiled(two_backends):
+def test_auto_takes_cuda_where_it_is_compiled(two_backends):
     w_in = torch.empty(1 << 26, dtype=torch.bfloat16, device="meta")
     compiled = torch.compile(
         lambda x: (x + 1, two_backends.routed_ffn(x, None, None, None, w_in)[0]), fullgraph=True, backend="eager"
