@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import warnings
@@ -12,7 +13,7 @@ import torch
 
 from prunepath import native
 from prunepath.errors import BackendError
-from prunepath.ops import reference
+from prunepath.ops import fakes, reference
 
 NAMES = ("triton", "cuda", "cpu", "reference")
 # For these numbers of tokens in half precision Triton's FFNs were faster than CUDA's (docs/performance.md). With so
@@ -151,7 +152,23 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
 def _triton() -> Backend:
-    from prunepath.triton_kernels import operators
+    """Triton's functions, which are operators where `torch.compile` traces a call: it would trace their launches.
 
-    return Backend("triton", operators.route, operators.sparse_ffn, operators.routed_ffn)
+    Elsewhere they are called as they are, which costs less. Without the compiled library there are no operators.
+    """
+    from prunepath.triton_kernels.route import route
+    from prunepath.triton_kernels.routed_ffn import routed_ffn
+    from prunepath.triton_kernels.sparse_ffn import sparse_ffn
+
+    functions = {"route": route, "route.tensor": route, "sparse_ffn": sparse_ffn, "routed_ffn": routed_ffn}
+    if native.error() is not None:
+        return Backend("triton", route, sparse_ffn, routed_ffn)
+    fakes.register_twins("prunepath_triton", functions)
+
+    def either(name: str) -> Callable:
+        function, operator = functions[name], getattr(torch.ops.prunepath_triton, name)
+        return lambda *args, **kwargs: (operator if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return Backend("triton", either("route"), either("sparse_ffn"), either("routed_ffn"))

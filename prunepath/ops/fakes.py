@@ -5,6 +5,8 @@ They read shapes and ints alone, never a tensor's values. Also here: what the di
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ _OUTPUTS = {
     "routed_ffn": ("y", "counts"),
 }
 _library: torch.library.Library | None = None
+_twins: list[torch.library.Library] = []  # operators live as long as their library
 
 
 def register() -> None:
@@ -36,16 +39,34 @@ def register() -> None:
     if _library is not None:
         return
     _library = torch.library.Library("prunepath", "IMPL")
-    fakes = (_route, _route, _pack_experts, _unpack_experts, _sparse_ffn, _routed_ffn)
-    for name, fake in zip(_OPS, fakes, strict=True):
-        torch.library.register_fake(f"prunepath::{name}", fake, lib=_library)
+    for name in _OPS:
+        _complete(_library, name, _fake_of(name))
     for name in _OUT_OPS:
-        torch.library.register_fake(f"prunepath::{name}", lambda *args, **kwargs: None, lib=_library)
-    for name in (*_OPS, *_OUT_OPS):
-        # Inference only: outputs carry no gradient instead of a wrong one.
-        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        _complete(_library, name, lambda *args, **kwargs: None)
     if torch.version.cuda is not None and native.cuda_error() is not None:
         _register_cuda_references()
+
+
+def register_twins(namespace: str, functions: dict[str, Callable]) -> None:
+    """Makes functions, by operators' names, operators of another namespace with the same schemas and fakes."""
+    library = torch.library.Library(namespace, "DEF")
+    _twins.append(library)
+    for name, function in functions.items():
+        packet, _, overload = name.partition(".")
+        schema = getattr(getattr(torch.ops.prunepath, packet), overload or "default")._schema
+        library.define(str(schema).removeprefix("prunepath::"))
+        library.impl(name, function, "CompositeExplicitAutograd")
+        _complete(library, name, _fake_of(name))
+
+
+def _fake_of(name: str) -> Callable:
+    return globals()[f"_{name.partition('.')[0]}"]
+
+
+def _complete(library: torch.library.Library, name: str, fake: Callable) -> None:
+    torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+    # Inference only: outputs carry no gradient instead of a wrong one.
+    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
 def _route(logits, threshold, *, min_experts=1, max_experts=0):

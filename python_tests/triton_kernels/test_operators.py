@@ -32,9 +32,10 @@ for threshold in (torch.tensor(0.5), torch.tensor([0.1, 0.6, 1.0])):
     for got, expected in zip(compiled(x, threshold), calls(x, threshold), strict=True):
         assert got.dtype == expected.dtype and torch.equal(got, expected)
 operator = torch.ops.prunepath_triton.routed_ffn.default
-for sparsity in ((1, 0), (2, 8)):
-    weights = (router_weight, None, torch.tensor(0.5), w_in, w_out, "silu", b_in, b_out, center)
-    torch.library.opcheck(operator, (x, *weights, *sparsity), test_utils=("test_schema", "test_faketensor"))
+for min_experts, max_experts in ((1, 0), (2, 8)):
+    weights = (router_weight, None, torch.tensor(0.5), w_in, w_out, "silu")
+    options = dict(b_in=b_in, b_out=b_out, center=center, min_experts=min_experts, max_experts=max_experts)
+    torch.library.opcheck(operator, (x, *weights), options, test_utils=("test_schema", "test_faketensor"))
 """
 
 
