@@ -254,20 +254,15 @@ __device__ __forceinline__ void zero_counters(const FfnArgs& args) {
 
 #endif  // __CUDACC__
 
-// Bytes of shared memory that a block can ask for at its launch, beside what kernels have anyway.
-inline int max_dynamic_shared(int device) {
-  constexpr int kStatic = 1 << 10;
-  return max_shared(device) - kStatic;
-}
-
 // Lets blocks of the kernel ask for so much shared memory, where it is more than any kernel's 48
 // KB: for all that there is, since another thread may be launching it for other shapes.
 template <typename Kernel>
 void allow_shared(Kernel kernel, size_t bytes, int device) {
   constexpr size_t kAlwaysAllowed = 48 << 10;
+  constexpr int kStatic = 1 << 10;  // that a kernel which asks has beside it at most
   if (bytes > kAlwaysAllowed) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         max_dynamic_shared(device));
+                         max_shared(device) - kStatic);
   }
 }
 
