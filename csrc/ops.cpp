@@ -1,8 +1,8 @@
 // The schemas of every operator: torch.ops.prunepath.*. Kernels register against them in csrc/cpu
-// and csrc/cuda, fakes in prunepath/ops/fakes.py.
+// and csrc/cuda, fakes in prunepath/ops/fakes.py; prunepath/ops/__init__.py documents them.
 //
-// T tokens, E experts of n neurons, H hidden size, K = max_experts or E, G = 2 (gated) or 1.
-// `.out` overloads write to tensors that the caller owns and return nothing.
+// T tokens, H hidden size, D intermediate size, E experts of n = D / E neurons, r the router's rank,
+// K = max_experts or E.
 
 #include <torch/csrc/stable/library.h>
 
@@ -11,53 +11,35 @@ STABLE_TORCH_LIBRARY(prunepath, m) {
   m.def(
       "route(Tensor logits, float threshold, *, int min_experts=1, int max_experts=0) "
       "-> (Tensor expert_ids, Tensor probs, Tensor counts)");
-  m.def(
-      "route.out(Tensor logits, float threshold, *, int min_experts=1, int max_experts=0, "
-      "Tensor(a!) expert_ids, Tensor(b!) probs, Tensor(c!) counts) -> ()");
   // threshold float32 [] or [T].
   m.def(
       "route.tensor(Tensor logits, Tensor threshold, *, int min_experts=1, int max_experts=0) "
       "-> (Tensor expert_ids, Tensor probs, Tensor counts)");
-  m.def(
-      "route.tensor_out(Tensor logits, Tensor threshold, *, int min_experts=1, "
-      "int max_experts=0, Tensor(a!) expert_ids, Tensor(b!) probs, Tensor(c!) counts) -> ()");
 
-  // gate, up [E*n, H], down [H, E*n] -> w_in [E, n, G, H], w_out [E, n, H].
+  // logits [T, E] -> mask bool [T, E], counts int32 [T].
   m.def(
-      "pack_experts(Tensor? gate, Tensor up, Tensor down, int num_experts) "
-      "-> (Tensor w_in, Tensor w_out)");
+      "select(Tensor logits, float threshold, *, int min_experts=1, int max_experts=0) "
+      "-> (Tensor mask, Tensor counts)");
   m.def(
-      "pack_experts.out(Tensor? gate, Tensor up, Tensor down, int num_experts, *, "
-      "Tensor(a!) w_in, Tensor(b!) w_out) -> ()");
-  // (gate, up, down) or (up, down).
-  m.def("unpack_experts(Tensor w_in, Tensor w_out) -> Tensor[]");
-  m.def(
-      "unpack_experts.out(Tensor w_in, Tensor w_out, *, Tensor(a!)? gate, Tensor(b!) up, "
-      "Tensor(c!) down) -> ()");
+      "select.tensor(Tensor logits, Tensor threshold, *, int min_experts=1, int max_experts=0) "
+      "-> (Tensor mask, Tensor counts)");
 
-  // x [T, H], b_in [E, n, G], b_out [H], center [E, n] -> y [T, H].
-  m.def(
-      "sparse_ffn(Tensor x, Tensor w_in, Tensor w_out, Tensor expert_ids, Tensor counts, "
-      "str activation, *, Tensor? b_in=None, Tensor? b_out=None, Tensor? center=None) -> Tensor");
-  m.def(
-      "sparse_ffn.out(Tensor x, Tensor w_in, Tensor w_out, Tensor expert_ids, Tensor counts, "
-      "str activation, *, Tensor? b_in=None, Tensor? b_out=None, Tensor? center=None, "
-      "Tensor(a!) y, Tensor(b!) workspace) -> ()");
+  // gate, up [D, H], down [H, D], order int64 [D] -> (gate, up, down_t) or (up, down_t), each [D, H].
+  m.def("pack_experts(Tensor? gate, Tensor up, Tensor down, Tensor? order=None) -> Tensor[]");
 
-  // router_weight [E, H], router_bias [E], threshold float32 [] or [T].
+  // x [T, H], gate, up, down_t [D, H], gate_bias, up_bias [D], down_bias [H] -> y [T, H].
   m.def(
-      "routed_ffn(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor threshold, "
-      "Tensor w_in, Tensor w_out, str activation, *, Tensor? b_in=None, Tensor? b_out=None, "
-      "Tensor? center=None, int min_experts=1, int max_experts=0) -> (Tensor y, Tensor counts)");
-  m.def(
-      "routed_ffn.out(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor threshold, "
-      "Tensor w_in, Tensor w_out, str activation, *, Tensor? b_in=None, Tensor? b_out=None, "
-      "Tensor? center=None, int min_experts=1, int max_experts=0, Tensor(a!) y, "
-      "Tensor(b!) counts, Tensor(c!) workspace) -> ()");
+      "sparse_ffn(Tensor x, Tensor? gate, Tensor up, Tensor down_t, Tensor expert_ids, "
+      "Tensor counts, str activation, *, int num_experts, Tensor? gate_bias=None, "
+      "Tensor? up_bias=None, Tensor? down_bias=None) -> Tensor");
 
-  // Bytes of workspace that the `.out` overload of sparse_ffn or routed_ffn needs for these
-  // tensors; on the CPU with the current number of threads.
-  m.def("ffn_workspace_size(str op, Tensor x, Tensor w_in) -> int");
+  // router_in [r, H] and router_out [E, r], or router_out [E, H]; router_bias [E]; threshold
+  // float32 [] or [T] -> y [T, H], counts int32 [T].
+  m.def(
+      "routed_ffn(Tensor x, Tensor? router_in, Tensor router_out, Tensor? router_bias, "
+      "Tensor threshold, Tensor? gate, Tensor up, Tensor down_t, str activation, *, "
+      "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None, int min_experts=1, "
+      "int max_experts=0) -> (Tensor y, Tensor counts)");
 
   // Name of the kernels that the CPU's operators use in this process.
   m.def("cpu_kernel() -> str");

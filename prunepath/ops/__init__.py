@@ -1,8 +1,7 @@
 """The operators `torch.ops.prunepath.*`, documented.
 
-Words: T tokens, H hidden size, E experts of n neurons each, K = max_experts or E. The operators are for inference:
-their outputs carry no gradient, whatever the inputs require. Each also has a `.out` overload under
-`torch.ops.prunepath` (for example `torch.ops.prunepath.routed_ffn.out`) that writes to the caller's tensors.
+Words: T tokens, H hidden size, D intermediate size, E experts of n = D / E neurons each, r the router's rank, K =
+max_experts or E. The operators are for inference: their outputs carry no gradient, whatever the inputs require.
 
 Method: arXiv 2605.28283; experts of a dense FFN: arXiv 2110.01786.
 """
@@ -32,9 +31,8 @@ __all__ = [
     "resolve_backend",
     "route",
     "routed_ffn",
+    "select",
     "sparse_ffn",
-    "unpack_experts",
-    "workspace_size",
 ]
 
 
@@ -68,57 +66,71 @@ def route(
     return op(logits, threshold, min_experts=min_experts, max_experts=max_experts)
 
 
-def pack_experts(gate: Tensor | None, up: Tensor, down: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Lays an FFN's weights out so that an expert is one span of input weights and one of output weights.
+def select(
+    logits: Tensor, threshold: float | Tensor, *, min_experts: int = 1, max_experts: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Which experts `route` selects, without their order: what computing all neurons and masking them needs.
 
-    Expert e is neurons e·n to (e + 1)·n − 1 of the given order, n = D / E.
+    Args:
+        logits, threshold, min_experts, max_experts: see `route`; E up to 65,536.
+
+    Returns:
+        mask bool [T, E]; counts int32 [T], how many experts of each token are active.
+
+    Raises:
+        RuntimeError: an argument is not as above; the message says which.
+    """
+    op = torch.ops.prunepath.select.tensor if isinstance(threshold, Tensor) else torch.ops.prunepath.select.default
+    return op(logits, threshold, min_experts=min_experts, max_experts=max_experts)
+
+
+def pack_experts(gate: Tensor | None, up: Tensor, down: Tensor, order: Tensor | None = None) -> list[Tensor]:
+    """Lays an FFN's weights out as tables with one row for each neuron, copying them once.
 
     Args:
         gate: [D, H], or None for an FFN without a gate.
         up: [D, H] float32, bfloat16 or float16. All three may have any strides (transposed, a slice).
         down: [H, D].
-        num_experts: E; must divide D.
+        order: int64 [D], a permutation: row j of each table is neuron order[j]. None keeps the order.
 
     Returns:
-        w_in [E, n, G, H] with G = 2 (gate, up) or 1; w_out [E, n, H], the down projection transposed.
+        [gate, up, down_t] or [up, down_t], new contiguous tensors [D, H]; down_t is the down projection transposed.
+
+    Raises:
+        RuntimeError: an argument is not as above; the message says which. On a GPU the values of order are not checked.
     """
-    return torch.ops.prunepath.pack_experts.default(gate, up, down, num_experts)
-
-
-def unpack_experts(w_in: Tensor, w_out: Tensor) -> list[Tensor]:
-    """The exact inverse of `pack_experts`: [gate, up, down] or [up, down], as new tensors."""
-    return torch.ops.prunepath.unpack_experts.default(w_in, w_out)
+    return torch.ops.prunepath.pack_experts.default(gate, up, down, order)
 
 
 def sparse_ffn(
     x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down_t: Tensor,
     expert_ids: Tensor,
     counts: Tensor,
     activation: str,
     *,
-    b_in: Tensor | None = None,
-    b_out: Tensor | None = None,
-    center: Tensor | None = None,
+    num_experts: int,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
-    """y = b_out + Σ over active experts e of w_out[e]ᵀ·(h_e − center[e]).
+    """y = b_down + Σ over the neurons j of active experts of h_j·down_t[j].
 
-    h_e = act(w_in[e]·x + b_in[e]), or act(gate·x + b_gate) ⊙ (up·x + b_up) for a gated FFN. Sums are float32.
-    `b_out` is added as given: with `center` m it has to be b_down + W_down·m for the result to be the dense FFN's when
-    every expert is active.
+    h_j = act(up_j·x + b_up) or, for a gated FFN, act(gate_j·x + b_gate)·(up_j·x + b_up). Expert e is neurons e·n to
+    (e + 1)·n − 1. Sums are float32.
 
     Args:
         x: [T, H] float32, bfloat16 or float16, any strides.
-        w_in: [E, n, G, H] of x's dtype; see `pack_experts`. Contiguous, or a view whose rows are contiguous and whose
-            neurons are at one distance, as of one matrix [2·D, H] with the gate's rows before those of up.
-        w_out: [E, n, H] of x's dtype, contiguous.
-        expert_ids: int32 [T, K], as `route` gives them; no expert twice for a token.
+        gate, up, down_t: [D, H] of x's dtype, with unit stride along H and any stride between rows; gate is None for an
+            FFN without a gate. down_t is the down projection transposed.
+        expert_ids: int32 [T, K], in any order; no expert twice for a token.
         counts: int32 [T]: how many of a token's expert_ids are active, from 0 to K.
         activation: relu, gelu, gelu_tanh, silu or relu2.
-        b_in: [E, n, G] float32 or x's dtype.
-        b_out: [H] float32 or x's dtype.
-        center: [E, n] float32 or x's dtype: the neurons' mean activations.
+        num_experts: E; must divide D.
+        gate_bias, up_bias: [D] float32 or x's dtype, or None.
+        down_bias: [H] float32 or x's dtype, or None.
 
     Returns:
         y [T, H] of x's dtype. Equal bits for equal inputs; on the CPU, with an equal number of threads.
@@ -128,35 +140,49 @@ def sparse_ffn(
             counts are not checked.
     """
     return torch.ops.prunepath.sparse_ffn.default(
-        x, w_in, w_out, expert_ids, counts, activation, b_in=b_in, b_out=b_out, center=center
+        x,
+        gate,
+        up,
+        down_t,
+        expert_ids,
+        counts,
+        activation,
+        num_experts=num_experts,
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        down_bias=down_bias,
     )
 
 
 def routed_ffn(
     x: Tensor,
-    router_weight: Tensor,
+    router_in: Tensor | None,
+    router_out: Tensor,
     router_bias: Tensor | None,
     threshold: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down_t: Tensor,
     activation: str,
     *,
-    b_in: Tensor | None = None,
-    b_out: Tensor | None = None,
-    center: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
     min_experts: int = 1,
     max_experts: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Router, `route` and `sparse_ffn` in one call.
+    """Router, `select` and `sparse_ffn` in one call.
 
-    The logits x·router_weightᵀ + router_bias are float32 sums that are never rounded to x's dtype.
+    The logits z = router_out·(router_in·x) + router_bias, or router_out·x + router_bias without router_in, are float32
+    sums; neither they nor router_in·x are ever rounded to x's dtype.
 
     Args:
         x: [T, H] float32, bfloat16 or float16, any strides.
-        router_weight: [E, H] of x's dtype, contiguous.
+        router_in: [r, H] of x's dtype, contiguous; None for a router of full rank.
+        router_out: [E, r], or [E, H] without router_in, of x's dtype, contiguous. E must divide D.
         router_bias: [E] float32 or x's dtype, or None.
         threshold: float32 [] or [T]; see `route`.
-        w_in, w_out, activation, b_in, b_out, center: see `sparse_ffn`.
+        gate, up, down_t, activation, gate_bias, up_bias, down_bias: see `sparse_ffn`.
         min_experts, max_experts: see `route`.
 
     Returns:
@@ -167,28 +193,17 @@ def routed_ffn(
     """
     return torch.ops.prunepath.routed_ffn.default(
         x,
-        router_weight,
+        router_in,
+        router_out,
         router_bias,
         threshold,
-        w_in,
-        w_out,
+        gate,
+        up,
+        down_t,
         activation,
-        b_in=b_in,
-        b_out=b_out,
-        center=center,
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        down_bias=down_bias,
         min_experts=min_experts,
         max_experts=max_experts,
     )
-
-
-def workspace_size(op: str, x: Tensor, w_in: Tensor) -> int:
-    """Bytes of `workspace` (uint8 [bytes]) that the `.out` overload of an FFN needs.
-
-    Args:
-        op: `sparse_ffn` or `routed_ffn`.
-        x: [T, H]. A workspace for T tokens serves fewer tokens too.
-        w_in: [E, n, G, H].
-
-    On the CPU the size depends on torch's number of threads at the call.
-    """
-    return torch.ops.prunepath.ffn_workspace_size(op, x, w_in)

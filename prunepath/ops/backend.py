@@ -16,10 +16,6 @@ from prunepath.errors import BackendError
 from prunepath.ops import fakes, reference
 
 NAMES = ("triton", "cuda", "cpu", "reference")
-# For these numbers of tokens in half precision Triton's FFNs were faster than CUDA's (docs/performance.md). With so
-# many numbers in w_in, or more, the GPU takes longer than launching them from Python does.
-_TRITON_TOKENS = range(17, 65)
-_TRITON_NUMEL = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +24,7 @@ class Backend:
 
     name: str
     route: Callable
+    select: Callable
     sparse_ffn: Callable
     routed_ffn: Callable
 
@@ -57,9 +54,8 @@ def cpu_kernel() -> str:
 def resolve_backend(name: str, device: torch.device) -> Backend:
     """The backend called `name` for tensors on `device`.
 
-    `auto` is `cpu` on a CPU. On a GPU it is `cuda`, with Triton's FFNs for 17 to 64 tokens of large models in half
-    precision, which were the faster ones (docs/performance.md), except under `torch.compile`; where PrunePath's CUDA
-    library is missing, as with AMD's GPUs, it is `triton`, and without Triton `reference`, each with a warning.
+    `auto` is `cpu` on a CPU and `cuda` on a GPU; where PrunePath's CUDA library is missing, as with AMD's GPUs, it is
+    `triton`, and without Triton `reference`, each with a warning.
 
     Raises:
         BackendError: there is no such backend, or it is not available here or for this device.
@@ -68,8 +64,6 @@ def resolve_backend(name: str, device: torch.device) -> Backend:
     device = torch.device(device)
     if name == "auto":
         name = _automatic(device)
-        if name == "cuda" and _missing("triton") is None:
-            return _fastest()
     if name not in NAMES:
         raise BackendError(f"Expected a backend out of auto, {', '.join(NAMES)}, got {name!r}.")
     if name == "cpu":
@@ -82,35 +76,14 @@ def resolve_backend(name: str, device: torch.device) -> Backend:
     if name == "triton" and device.type != "cuda" and not _interpreting():
         raise BackendError(f"The backend triton works on cuda tensors, got the device {device}.")
     if name == "reference":
-        return Backend(name, reference.route, reference.sparse_ffn, reference.routed_ffn)
+        return Backend(name, reference.route, reference.select, reference.sparse_ffn, reference.routed_ffn)
     return _triton() if name == "triton" else _native(name)
 
 
 def _native(name: str) -> Backend:
     from prunepath import ops  # here, because it imports this module
 
-    return Backend(name, ops.route, torch.ops.prunepath.sparse_ffn.default, torch.ops.prunepath.routed_ffn.default)
-
-
-def _fastest() -> Backend:
-    """On an NVIDIA GPU, for each call the kernels that were the faster ones for as many tokens and weights.
-
-    Those of CUDA under `torch.compile`, where Triton's were not timed.
-    """
-    cuda, triton = _native("cuda"), _triton()
-
-    def pick(x: torch.Tensor, w_in: torch.Tensor) -> Backend:
-        if torch.compiler.is_compiling() or x.dtype == torch.float32:
-            return cuda
-        return triton if x.shape[0] in _TRITON_TOKENS and w_in.numel() >= _TRITON_NUMEL else cuda
-
-    def sparse_ffn(x, w_in, *args, **kwargs):
-        return pick(x, w_in).sparse_ffn(x, w_in, *args, **kwargs)
-
-    def routed_ffn(x, router_weight, router_bias, threshold, w_in, *args, **kwargs):
-        return pick(x, w_in).routed_ffn(x, router_weight, router_bias, threshold, w_in, *args, **kwargs)
-
-    return Backend("auto", cuda.route, sparse_ffn, routed_ffn)
+    return Backend(name, ops.route, ops.select, torch.ops.prunepath.sparse_ffn.default, torch.ops.prunepath.routed_ffn.default)
 
 
 def _automatic(device: torch.device) -> str:
@@ -158,17 +131,20 @@ def _triton() -> Backend:
 
     Elsewhere they are called as they are, which costs less. Without the compiled library there are no operators.
     """
-    from prunepath.triton_kernels.route import route
+    from prunepath.triton_kernels.route import route, select
     from prunepath.triton_kernels.routed_ffn import routed_ffn
     from prunepath.triton_kernels.sparse_ffn import sparse_ffn
 
-    functions = {"route": route, "route.tensor": route, "sparse_ffn": sparse_ffn, "routed_ffn": routed_ffn}
+    functions = {"route": route, "select": select}
+    functions |= {f"{name}.tensor": function for name, function in functions.items()}
+    functions |= {"sparse_ffn": sparse_ffn, "routed_ffn": routed_ffn}
+    names = ("route", "select", "sparse_ffn", "routed_ffn")
     if native.error() is not None:
-        return Backend("triton", route, sparse_ffn, routed_ffn)
+        return Backend("triton", *[functions[name] for name in names])
     fakes.register_twins("prunepath_triton", functions)
 
     def either(name: str) -> Callable:
         function, operator = functions[name], getattr(torch.ops.prunepath_triton, name)
         return lambda *args, **kwargs: (operator if torch.compiler.is_compiling() else function)(*args, **kwargs)
 
-    return Backend("triton", either("route"), either("sparse_ffn"), either("routed_ffn"))
+    return Backend("triton", *[either(name) for name in names])

@@ -77,62 +77,102 @@ def route(
     return expert_ids, probs[:, :columns].masked_fill(inactive, 0.0), counts[:, 0].to(torch.int32)
 
 
-def pack_experts(gate: Tensor | None, up: Tensor, down: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Weights of an FFN as spans of experts; see `prunepath.ops.pack_experts`."""
-    hidden_size, width = up.shape[1], up.shape[0] // num_experts
-    inputs = [up] if gate is None else [gate, up]
-    w_in = torch.stack(inputs, 1).reshape(num_experts, width, len(inputs), hidden_size)
-    w_out = down.t().reshape(num_experts, width, hidden_size)
-    return w_in.clone(memory_format=torch.contiguous_format), w_out.clone(memory_format=torch.contiguous_format)
+def select(
+    logits: Tensor, threshold: float | Tensor, *, min_experts: int = 1, max_experts: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Top-mass routing as membership; see `prunepath.ops.select`."""
+    expert_ids, _, counts = route(logits, threshold, min_experts=min_experts, max_experts=max_experts)
+    return _active_mask(expert_ids, counts, logits.shape[1]), counts
 
 
-def unpack_experts(w_in: Tensor, w_out: Tensor) -> list[Tensor]:
-    """The inverse of `pack_experts`: (gate, up, down) or (up, down)."""
-    inputs = w_in.flatten(0, 1).unbind(1)
-    down = w_out.flatten(0, 1).t()
-    return [weight.clone(memory_format=torch.contiguous_format) for weight in (*inputs, down)]
+def pack_experts(gate: Tensor | None, up: Tensor, down: Tensor, order: Tensor | None = None) -> list[Tensor]:
+    """Weights of an FFN as tables with a row for each neuron; see `prunepath.ops.pack_experts`."""
+    tables = [up, down.t()] if gate is None else [gate, up, down.t()]
+    if order is not None:
+        tables = [table[order] for table in tables]
+    return [table.clone(memory_format=torch.contiguous_format) for table in tables]
+
+
+def router_logits(x: Tensor, router_in: Tensor | None, router_out: Tensor, router_bias: Tensor | None) -> Tensor:
+    """z = W_out·(W_in·x) + b, or W_out·x + b at full rank: [T, E] in float32, or float64 for float64 inputs."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    z = x.to(wide)
+    for weight in (router_in, router_out):
+        if weight is not None:
+            z = z @ weight.to(wide).t()
+    return z if router_bias is None else z + router_bias.to(wide)
 
 
 def sparse_ffn(
     x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down_t: Tensor,
     expert_ids: Tensor,
     counts: Tensor,
     activation: str,
     *,
-    b_in: Tensor | None = None,
-    b_out: Tensor | None = None,
-    center: Tensor | None = None,
+    num_experts: int,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
-    """y = b_out + Σ over active experts e of w_out[e]·(h_e − center[e]); see `prunepath.ops.sparse_ffn`."""
-    active = _active_mask(expert_ids, counts, w_in.shape[0])
-    return _masked_ffn(x, w_in, w_out, active, activation, b_in, b_out, center)
+    """y = b_down + Σ over active experts' neurons of h_j·down_t[j]; see `prunepath.ops.sparse_ffn`."""
+    active = _active_mask(expert_ids, counts, num_experts)
+    return masked_ffn(x, gate, up, down_t, active, activation, gate_bias, up_bias, down_bias)
 
 
 def routed_ffn(
     x: Tensor,
-    router_weight: Tensor,
+    router_in: Tensor | None,
+    router_out: Tensor,
     router_bias: Tensor | None,
     threshold: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down_t: Tensor,
     activation: str,
     *,
-    b_in: Tensor | None = None,
-    b_out: Tensor | None = None,
-    center: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
     min_experts: int = 1,
     max_experts: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Router, top-mass selection and FFN; see `prunepath.ops.routed_ffn`."""
+    logits = router_logits(x, router_in, router_out, router_bias)
+    active, counts = select(logits, threshold, min_experts=min_experts, max_experts=max_experts)
+    return masked_ffn(x, gate, up, down_t, active, activation, gate_bias, up_bias, down_bias), counts
+
+
+def masked_ffn(
+    x: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down_t: Tensor,
+    active: Tensor,
+    activation: str,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """All neurons' activations, those of inactive experts set to zero, projected down.
+
+    Args:
+        active: bool [T, E]; expert e is neurons e·n to (e + 1)·n − 1.
+        others: as of `prunepath.ops.sparse_ffn`.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
-    logits = x.to(wide) @ router_weight.to(wide).t()
-    if router_bias is not None:
-        logits = logits + router_bias.to(wide)
-    expert_ids, _, counts = route(logits, threshold, min_experts=min_experts, max_experts=max_experts)
-    y = sparse_ffn(x, w_in, w_out, expert_ids, counts, activation, b_in=b_in, b_out=b_out, center=center)
-    return y, counts
+
+    def project(weight: Tensor, bias: Tensor | None) -> Tensor:
+        z = x.to(wide) @ weight.to(wide).t()
+        return z if bias is None else z + bias.to(wide)
+
+    act = ACTIVATIONS[activation]
+    h = act(project(up, up_bias)) if gate is None else act(project(gate, gate_bias)) * project(up, up_bias)
+    neurons = active.repeat_interleave(up.shape[0] // active.shape[1], dim=1)
+    y = torch.where(neurons, h, 0.0) @ down_t.to(wide)  # a skipped infinity counts for nothing
+    return (y if down_bias is None else y + down_bias.to(wide)).to(x.dtype)
 
 
 def _has_nan(logits: Tensor) -> Tensor:
@@ -182,29 +222,3 @@ def _active_mask(expert_ids: Tensor, counts: Tensor, num_experts: int) -> Tensor
     ids = expert_ids.to(torch.int64).masked_fill(~selected, num_experts)
     mask = torch.zeros(num_tokens, num_experts + 1, dtype=torch.bool, device=ids.device)
     return mask.scatter_(1, ids, True)[:, :num_experts]
-
-
-def _masked_ffn(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    active: Tensor,
-    activation: str,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    center: Tensor | None,
-) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    pre = torch.einsum("th,engh->teng", x.to(wide), w_in.to(wide))
-    if b_in is not None:
-        pre = pre + b_in.to(wide)
-    h = ACTIVATIONS[activation](pre[..., 0])
-    if w_in.shape[2] == 2:  # gate and up
-        h = h * pre[..., 1]
-    if center is not None:
-        h = h - center.to(wide)
-    h = h.masked_fill(~active[:, :, None], 0.0)
-    y = torch.einsum("ten,enh->th", h, w_out.to(wide))
-    if b_out is not None:
-        y = y + b_out.to(wide)
-    return y.to(x.dtype)
