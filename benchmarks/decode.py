@@ -52,9 +52,9 @@ from torch import nn
 import prunepath
 from prunepath import native
 from prunepath.eval.files import write_json
-from prunepath.modeling import SparseDescription, install
+from prunepath.checkpoint.description import SparseDescription, install
 from prunepath.ops import reference
-from prunepath.streaming import return_freed_memory
+from prunepath.conversion.streaming import return_freed_memory
 
 QWEN = {
     "model_type": "qwen2",

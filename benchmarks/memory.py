@@ -43,16 +43,16 @@ from rich.console import Console
 from rich.table import Table
 
 import prunepath
-from prunepath.convert.adapters import find_ffns
-from prunepath.convert.tensor_file import NewTensor, write_tensor_file
+from prunepath.families import find_ffns
+from prunepath.checkpoint.tensor_file import NewTensor, write_tensor_file
 from prunepath.demo.corpus import stdlib_texts
 from prunepath.demo.run import model_folder
 from prunepath.eval.files import write_json
 from prunepath.eval.memory import process_memory, report_memory
 from prunepath.eval.perplexity import evaluate
-from prunepath.modeling import read_model_config
-from prunepath.offload import ExpertCache, expert_bytes, offload_experts
-from prunepath.packing import INDEX, ResidentExperts, limit_resident_experts, pack, resident_limit
+from prunepath.checkpoint.loading import read_model_config
+from prunepath.memory.offload import ExpertCache, expert_bytes, offload_experts
+from prunepath.checkpoint.packing import INDEX, ResidentExperts, limit_resident_experts, pack, resident_limit
 
 TOLERANCE = 1e-4
 ACROSS_DEVICES = 1e-2  # what rounds otherwise may turn a choice of experts
@@ -309,7 +309,7 @@ def watch(command: list[str]) -> tuple[int, float]:
 
 CONVERT = """
 import sys, torch, prunepath
-from prunepath.streaming import convert_streaming
+from prunepath.conversion.streaming import convert_streaming
 torch.set_num_threads(int(sys.argv[3]))
 generator = torch.Generator().manual_seed(0)
 texts = [torch.randint(0, 32000, (256,), generator=generator) for _ in range(64)]

@@ -12,10 +12,10 @@ import torch
 
 from baselines.activations import ffn_inputs
 from baselines.base import Batch, Method
-from prunepath.convert.adapters import find_ffns
-from prunepath.convert.batches import merge
-from prunepath.convert.experts import reorder_neurons, skipping_errors
-from prunepath.convert.partition import partition_neurons
+from prunepath.families import find_ffns
+from prunepath.conversion.batches import merge
+from prunepath.conversion.experts import reorder_neurons, skipping_errors
+from prunepath.conversion.partition import partition_neurons
 from prunepath.errors import PrunePathError
 from prunepath.nn import SparseFFN
 from prunepath.nn.observers import CountRecord

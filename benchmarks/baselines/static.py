@@ -12,7 +12,7 @@ from torch import nn
 
 from baselines.activations import ffn_inputs
 from baselines.base import Batch, Method
-from prunepath.convert.adapters import find_ffns
+from prunepath.families import find_ffns
 from prunepath.errors import PrunePathError
 from prunepath.nn import FFNLayout
 

@@ -16,12 +16,12 @@ import torch
 from tqdm import tqdm
 
 import prunepath
+from prunepath.checkpoint.folders import whole_folder
 from prunepath.demo.corpus import stdlib_texts
 from prunepath.eval.files import write_json
 from prunepath.eval.perplexity import evaluate
 from prunepath.eval.plots import plot_tradeoff
 from prunepath.eval.tradeoff import tradeoff
-from prunepath.modeling import whole_folder
 
 BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.1)
 SAMPLE_BUDGETS = (1.0, 0.5, 0.25, 0.1)

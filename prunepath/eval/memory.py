@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from prunepath.modeling import sparse_ffns
+from prunepath.nn import sparse_ffns
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 import prunepath
+from prunepath.checkpoint.description import description_of
 from prunepath.errors import PrunePathError
 from prunepath.eval.files import replacing
 from prunepath.eval.perplexity import evaluate
 from prunepath.eval.plots import heat_map
-from prunepath.modeling import description_of, sparse_ffns
+from prunepath.nn import sparse_ffns
 from prunepath.nn.observers import ExpertUsage, observing_counts, observing_inputs
 
 PASSAGE_TOKENS = 256

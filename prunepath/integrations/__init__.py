@@ -24,7 +24,7 @@ class _Registration(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module) -> None:
             execute(module)
-            importlib.import_module("prunepath.integrations.transformers")
+            importlib.import_module("prunepath.checkpoint.quantizer")
 
         spec.loader.exec_module = execute_and_register
         return spec
@@ -33,6 +33,6 @@ class _Registration(importlib.abc.MetaPathFinder):
 def register() -> None:
     """Lets transformers' `from_pretrained` load sparse checkpoints, now or once transformers is imported."""
     if _TRANSFORMERS in sys.modules:
-        importlib.import_module("prunepath.integrations.transformers")
+        importlib.import_module("prunepath.checkpoint.quantizer")
     else:
         sys.meta_path.insert(0, _Registration())

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from prunepath.budgets import get_thresholds, set_budget, set_threshold
 from prunepath.errors import PrunePathError
-from prunepath.modeling import get_thresholds, is_sparse, set_budget, set_threshold, sparse_ffns
+from prunepath.nn import is_sparse, sparse_ffns
 from prunepath.nn.observers import CountRecord, observing_counts, padding_masks
 
 try:

@@ -5,24 +5,23 @@ from __future__ import annotations
 import torch
 
 
-def expert_contributions(
-    hidden: torch.Tensor, down_weight: torch.Tensor, num_experts: int, center: torch.Tensor | None = None
-) -> torch.Tensor:
-    """How much each expert adds to the output: c_i = ‖W_down[:, S_i]·(h_{S_i} − m_{S_i})‖₂.
+def expert_contributions(hidden: torch.Tensor, down_t: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """How much each expert adds to the output: c_i = ‖W_down[:, S_i]·h_{S_i}‖₂.
 
-    Computed as c_i² = hᵀ·(W_iᵀ·W_i)·h with the experts' n × n Gram matrices, so that no [T, E, H] tensor exists.
+    With one neuron an expert that is |h_i|·‖w_i‖; else c_i² = hᵀ·(W_iᵀ·W_i)·h with the experts' n × n Gram matrices, so
+    that no [T, E, H] tensor exists.
 
     Args:
         hidden: neuron activations h [T, D], experts contiguous.
-        down_weight: W_down [H, D].
-        center: mean activations m [D]; None means zero.
+        down_t: W_down transposed, [D, H].
 
     Returns:
         float32 [T, E].
     """
-    h = hidden.float() if center is None else hidden.float() - center.float()
-    h = h.unflatten(-1, (num_experts, -1)).transpose(0, 1)  # [E, T, n]
-    w = down_weight.float().t().unflatten(0, (num_experts, -1))  # [E, n, H]
+    if num_experts == len(down_t):
+        return hidden.float().abs() * down_t.float().norm(dim=1)
+    h = hidden.float().unflatten(-1, (num_experts, -1)).transpose(0, 1)  # [E, T, n]
+    w = down_t.float().unflatten(0, (num_experts, -1))  # [E, n, H]
     gram = w @ w.transpose(1, 2)
     return ((h @ gram) * h).sum(-1).clamp_(min=0).sqrt_().t()
 

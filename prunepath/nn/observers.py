@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import contextvars
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 
 from prunepath.nn.sparse_ffn import SparseFFN
+
+# Which tokens of the forward pass under way are no padding, for each of its FFNs: bool [B, S]. A context variable, so
+# that two threads may run one model.
+_valid: contextvars.ContextVar[Mapping[SparseFFN, torch.Tensor] | None] = contextvars.ContextVar("valid", default=None)
 
 
 class CountRecord:
@@ -20,9 +25,9 @@ class CountRecord:
         self._tokens = [torch.zeros(ffn.num_experts + 1, dtype=torch.int64) for ffn in self._ffns]
 
     def add(self, ffn: SparseFFN, counts: torch.Tensor) -> None:
-        """An `observe_counts` hook: counts int32 [T]."""
+        """A counts hook: counts int32 [T]."""
         i = self._index[ffn]
-        valid = ffn.valid_tokens(len(counts))
+        valid = valid_tokens(ffn, len(counts))
         tokens = torch.ones_like(counts, dtype=torch.int64) if valid is None else valid.long()
         added = tokens.new_zeros(ffn.num_experts + 1).scatter_add_(0, counts.long(), tokens)
         self._tokens[i] = self._tokens[i].to(counts.device) + added
@@ -34,57 +39,53 @@ class CountRecord:
 
     @property
     def per_layer(self) -> list[float]:
-        """The active fraction of each FFN, a share of the dense one; NaN for one that saw no token."""
+        """The active fraction of each FFN; NaN for one that saw no token."""
         fractions = []
         for ffn, counts in zip(self._ffns, self.histogram, strict=True):
             experts = torch.arange(len(counts), dtype=torch.float64)
             tokens = counts.sum().item()
             mean = (counts * experts).sum().item() / tokens if tokens else float("nan")
-            fractions.append(mean / ffn.dense_experts)
+            fractions.append(mean / ffn.num_experts)
         return fractions
 
     @property
     def active_fraction(self) -> float:
-        """The share of all the dense FFNs' neurons computed, FFNs weighted by their width."""
-        widths = [ffn.dense_experts * ffn.expert_width for ffn in self._ffns]
+        """The share of all FFNs' neurons computed, FFNs weighted by their width."""
+        widths = [ffn.intermediate_size for ffn in self._ffns]
         return sum(w * f for w, f in zip(widths, self.per_layer, strict=True)) / sum(widths)
 
 
 class ExpertUsage:
-    """Which experts the router chooses, gathered by `observe` as an `observe_input` hook.
+    """Which experts the router chooses, gathered by `observe` as an input hook.
 
     Attributes:
         tokens: for each FFN, the tokens seen.
-        active: for each FFN an int64 tensor [E]: how many of them run each expert. E counts removed experts too, last.
+        active: for each FFN an int64 tensor [E]: how many of them run each expert.
         histogram: for each FFN an int64 tensor [E + 1]: how many of them run 0, 1, … E experts.
     """
 
     def __init__(self, ffns: Iterable[SparseFFN]) -> None:
         self._index = {ffn: i for i, ffn in enumerate(ffns)}
         self.tokens = [0] * len(self._index)
-        self.active = [torch.zeros(ffn.dense_experts, dtype=torch.int64) for ffn in self._index]
-        self.histogram = [torch.zeros(ffn.dense_experts + 1, dtype=torch.int64) for ffn in self._index]
+        self.active = [torch.zeros(ffn.num_experts, dtype=torch.int64) for ffn in self._index]
+        self.histogram = [torch.zeros(ffn.num_experts + 1, dtype=torch.int64) for ffn in self._index]
 
     def observe(self, ffn: SparseFFN, x: torch.Tensor) -> None:
         """x: [T, H], without padding."""
         i = self._index[ffn]
-        expert_ids, _, counts = ffn.route(x)
+        mask, counts = ffn.select(x)
         self.tokens[i] += len(x)
-        self.active[i] += torch.bincount(expert_ids[expert_ids >= 0].cpu(), minlength=ffn.dense_experts)
-        self.histogram[i] += torch.bincount(counts.cpu(), minlength=ffn.dense_experts + 1)
+        self.active[i] += mask.sum(0).cpu()
+        self.histogram[i] += torch.bincount(counts.cpu(), minlength=ffn.num_experts + 1)
 
 
 @contextlib.contextmanager
-def observing_counts(ffns: Iterable[SparseFFN], observer: Callable[[SparseFFN, torch.Tensor], None]) -> Iterator[None]:
-    """Attaches an `observe_counts` hook to each FFN inside the `with` block, in place of the one it has."""
-    before = {ffn: ffn.observe_counts for ffn in ffns}
-    for ffn in before:
-        ffn.observe_counts = observer
-    try:
+def observing_counts(ffns: Iterable[SparseFFN], hook: Callable[[SparseFFN, torch.Tensor], None]) -> Iterator[None]:
+    """Registers a counts hook on each FFN inside the `with` block."""
+    with contextlib.ExitStack() as handles:
+        for ffn in ffns:
+            handles.enter_context(ffn.register_counts_hook(hook))
         yield
-    finally:
-        for ffn, former in before.items():
-            ffn.observe_counts = former
 
 
 @contextlib.contextmanager
@@ -96,25 +97,34 @@ def counting(ffns: Iterable[SparseFFN]) -> Iterator[CountRecord]:
 
 
 @contextlib.contextmanager
-def observing_inputs(observers: dict[SparseFFN, Callable[[SparseFFN, torch.Tensor], None]]) -> Iterator[None]:
-    """Attaches an `observe_input` hook to each FFN inside the `with` block; it sees no padding."""
+def observing_inputs(hooks: Mapping[SparseFFN, Callable[[SparseFFN, torch.Tensor], None]]) -> Iterator[None]:
+    """Registers an input hook on each FFN inside the `with` block; it sees no padding."""
 
     def without_padding(ffn: SparseFFN, x: torch.Tensor) -> None:
-        valid = ffn.valid_tokens(len(x))
-        observers[ffn](ffn, x if valid is None else x[valid])
+        valid = valid_tokens(ffn, len(x))
+        hooks[ffn](ffn, x if valid is None else x[valid])
 
-    for ffn in observers:
-        ffn.observe_input = without_padding
-    try:
+    with contextlib.ExitStack() as handles:
+        for ffn in hooks:
+            handles.enter_context(ffn.register_input_hook(without_padding))
         yield
-    finally:
-        for ffn in observers:
-            ffn.observe_input = None
+
+
+def valid_tokens(ffn: SparseFFN, num_tokens: int) -> torch.Tensor | None:
+    """Which of the T tokens of a call under way are no padding: bool [T]; None if all are, or nobody said.
+
+    `padding_masks` says it.
+    """
+    mask = (_valid.get() or {}).get(ffn)
+    if mask is None or num_tokens % len(mask):
+        return None
+    length = num_tokens // len(mask)  # with a KV cache, a call has only the sequences' last tokens
+    return mask[:, -length:].flatten() if length <= mask.shape[1] else None
 
 
 @contextlib.contextmanager
 def padding_masks(model: nn.Module) -> Iterator[None]:
-    """Inside the `with` block, each forward pass of `model` tells its sparse FFNs which tokens are padding.
+    """Inside the `with` block, `valid_tokens` knows which tokens of a forward pass of `model` are padding.
 
     Padding has 0 in the `attention_mask`, or for the decoder of an encoder-decoder in `decoder_attention_mask`, or
     without that a label of -100.
@@ -129,15 +139,12 @@ def padding_masks(model: nn.Module) -> Iterator[None]:
         labels, decoder = kwargs.get("labels"), kwargs.get("decoder_attention_mask")
         if decoder is None and labels is not None and two_stacks:
             decoder = labels != -100
+        known = {}
         for is_decoder, mask in ((False, kwargs.get("attention_mask")), (True, decoder)):
-            known = mask.bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-            for ffn in stacks[is_decoder]:
-                ffn.padding_mask = known
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+                known |= dict.fromkeys(stacks[is_decoder], mask.bool())
+        _valid.set(known)
 
-    hook = model.register_forward_pre_hook(set_masks, with_kwargs=True)
-    try:
+    with model.register_forward_pre_hook(set_masks, with_kwargs=True):
         yield
-    finally:
-        hook.remove()
-        for ffn in (*stacks[False], *stacks[True]):
-            ffn.padding_mask = None
+    _valid.set(None)

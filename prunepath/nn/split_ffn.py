@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import nn
 
-from prunepath.nn.sparse_ffn import FFNLayout, PlainLinear, SparseFFN
+from prunepath.nn.layout import FFNLayout, PlainLinear
+from prunepath.nn.sparse_ffn import SparseFFN
 
 
 class SplitFFN(SparseFFN):
     """A SparseFFN that works through the three calls `down(act(up(x)))` of the module that owns the projections.
 
-    `up` either computes the whole FFN from its active experts, and then `act` and `down` hand its result through, or
-    computes all neurons, of which `act` masks the skipped ones. Both `up` and `down` stay linears under their names.
+    `up` computes the whole FFN, and the activation and `down` hand its result through. Where a projection is more than
+    a plain linear, each of the three does its own part, and the activation masks the skipped neurons. `up` and `down`
+    stay linears under their names.
 
     Args:
         owner: the module, say a decoder layer, that calls the projections, or whose children do.
@@ -23,9 +27,8 @@ class SplitFFN(SparseFFN):
 
     def __init__(self, owner: nn.Module, layout: FFNLayout, activation: str, num_experts: int, **options) -> None:
         super().__init__(owner, layout, num_experts, adopt=False, **options)
-        self._input: torch.Tensor | None = None
-        self._done = False
-        self._alone = False
+        # What `up` leaves for the activation where each projection is called: one input for each thread.
+        self._inputs: dict[int, torch.Tensor] = {}
         for name, kind in ((layout.up, _Up), (layout.down, _Down)):
             linear = owner.get_submodule(name)
             linear.__class__ = kind
@@ -33,30 +36,37 @@ class SplitFFN(SparseFFN):
         parent, _, leaf = activation.rpartition(".")
         setattr(owner.get_submodule(parent), leaf, _Activation(self, owner.get_submodule(activation)))
 
-    def hidden(self, x: torch.Tensor) -> torch.Tensor:
-        self._alone = True
-        try:
-            return super().hidden(x)
-        finally:
-            self._alone = False
+    def _call(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        projection = self.projection(name)
+        return projection.compute(x) if isinstance(projection, _Part) else projection(x)
 
-    def enter(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """The FFN's output if the kernels serve it; else None, with the input kept for the activation."""
-        x = hidden_states.reshape(-1, self.hidden_size)
-        if self.observe_input is not None:
-            self.observe_input(self, x)
-        self._done = self.reads_active_experts(x)
-        if self._done:
-            return self.run_active_experts(x).view_as(hidden_states)
-        self._input = x
-        return None
+    def leave_input(self, x: torch.Tensor) -> None:
+        self._inputs[threading.get_ident()] = x
+
+    def take_input(self) -> torch.Tensor:
+        return self._inputs.pop(threading.get_ident())
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_inputs": {}}
 
 
-class _Up(PlainLinear):
+class _Part(PlainLinear):
+    """A projection of a SplitFFN."""
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class _Up(_Part):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         (ffn,) = self._ffn
-        output = None if ffn._alone else ffn.enter(hidden_states)
-        return super().forward(hidden_states) if output is None else output
+        if ffn.is_plain():
+            return ffn(hidden_states)
+        x = hidden_states.reshape(-1, ffn.hidden_size)
+        for hook in tuple(ffn._input_hooks.values()):
+            hook(ffn, x)
+        ffn.leave_input(x)
+        return self.compute(hidden_states)
 
 
 class _Activation(nn.Module):
@@ -67,17 +77,14 @@ class _Activation(nn.Module):
 
     def forward(self, up: torch.Tensor) -> torch.Tensor:
         (ffn,) = self._ffn
-        if ffn._done:
+        if ffn.is_plain():
             return up
-        x, ffn._input = ffn._input, None
+        x = ffn.take_input()
         hidden = self.dense(up).reshape(len(x), -1)
-        return ffn.skip(hidden, ffn.mask(x, hidden)).view(up.shape)
+        return ffn.skip(hidden, ffn.active(x, hidden)).view(up.shape)
 
 
-class _Down(PlainLinear):
+class _Down(_Part):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         (ffn,) = self._ffn
-        if ffn._done:
-            ffn._done = False
-            return hidden
-        return ffn.add_removed(super().forward(hidden))
+        return hidden if ffn.is_plain() else self.compute(hidden)

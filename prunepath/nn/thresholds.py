@@ -16,7 +16,7 @@ def check_fraction(name: str, value: float) -> float:
     """`value` as a float, or an error if it is no number in (0, 1]."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not 0.0 < number <= 1.0:
         raise PrunePathError(f"{name} must be a number in (0, 1], got {value!r}.")

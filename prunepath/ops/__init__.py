@@ -20,7 +20,7 @@ if native.error() is None:
     _fakes.register()
 
 from prunepath.ops import reference  # noqa: E402
-from prunepath.ops.backend import Backend, backends, cpu_kernel, resolve_backend  # noqa: E402
+from prunepath.ops.backend import Backend, backends, cpu_kernel, resolve_backend, use_backend  # noqa: E402
 
 __all__ = [
     "Backend",
@@ -33,6 +33,7 @@ __all__ = [
     "routed_ffn",
     "select",
     "sparse_ffn",
+    "use_backend",
 ]
 
 

@@ -1,9 +1,8 @@
-"""Which implementation of the operators a module uses, chosen once when it is built."""
+"""Which implementation of the operators this process uses: the registry of backends."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import os
 import warnings
@@ -16,6 +15,8 @@ from prunepath.errors import BackendError
 from prunepath.ops import fakes, reference
 
 NAMES = ("triton", "cuda", "cpu", "reference")
+_chosen = os.environ.get("PRUNEPATH_BACKEND") or "auto"
+_resolved: dict[tuple[str, torch.device], Backend] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +52,37 @@ def cpu_kernel() -> str:
         raise BackendError(str(error)) from None
 
 
-def resolve_backend(name: str, device: torch.device) -> Backend:
-    """The backend called `name` for tensors on `device`.
+def use_backend(name: str) -> None:
+    """Chooses the backend of every sparse FFN in this process; the environment variable `PRUNEPATH_BACKEND` does too.
 
-    `auto` is `cpu` on a CPU and `cuda` on a GPU; where PrunePath's CUDA library is missing, as with AMD's GPUs, it is
-    `triton`, and without Triton `reference`, each with a warning.
+    Args:
+        name: `auto`, `triton`, `cuda`, `cpu` or `reference`; `auto` is `cpu` on a CPU and `cuda` on a GPU. Where
+            PrunePath's CUDA library is missing or the GPU is not one that it was compiled for, as with AMD's GPUs, it
+            is `triton`, and without Triton `reference`, each with a warning.
 
     Raises:
-        BackendError: there is no such backend, or it is not available here or for this device.
-        NativeLibraryError: `auto` or `cpu`, and the compiled library did not load.
+        BackendError: there is no such backend.
     """
-    device = torch.device(device)
+    global _chosen
+    if name not in ("auto", *NAMES):
+        raise BackendError(f"Expected a backend out of auto, {', '.join(NAMES)}, got {name!r}.")
+    _chosen = name
+
+
+def resolve_backend(device: torch.device) -> Backend:
+    """The backend of this process for tensors on `device`; see `use_backend`.
+
+    Raises:
+        BackendError: the chosen backend is not available here or for this device.
+        NativeLibraryError: it is `auto` or `cpu`, and the compiled library did not load.
+    """
+    backend = _resolved.get((_chosen, device))
+    if backend is None:
+        backend = _resolved[_chosen, device] = _resolve(_chosen, torch.device(device))
+    return backend
+
+
+def _resolve(name: str, device: torch.device) -> Backend:
     if name == "auto":
         name = _automatic(device)
     if name not in NAMES:
@@ -83,7 +104,8 @@ def resolve_backend(name: str, device: torch.device) -> Backend:
 def _native(name: str) -> Backend:
     from prunepath import ops  # here, because it imports this module
 
-    return Backend(name, ops.route, ops.select, torch.ops.prunepath.sparse_ffn.default, torch.ops.prunepath.routed_ffn.default)
+    native_ops = torch.ops.prunepath
+    return Backend(name, ops.route, ops.select, native_ops.sparse_ffn.default, native_ops.routed_ffn.default)
 
 
 def _automatic(device: torch.device) -> str:
@@ -125,7 +147,6 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
 def _triton() -> Backend:
     """Triton's functions, which are operators where `torch.compile` traces a call: it would trace their launches.
 

@@ -73,9 +73,7 @@ def _sparse_ffn(x, gate, up, down_t, expert_ids, counts, activation, *, num_expe
     return x.new_empty(x.shape)
 
 
-def _routed_ffn(
-    x, router_in, router_out, router_bias, threshold, gate, up, down_t, activation, **options
-):
+def _routed_ffn(x, router_in, router_out, router_bias, threshold, gate, up, down_t, activation, **options):
     return x.new_empty(x.shape), x.new_empty((x.shape[0],), dtype=torch.int32)
 
 

@@ -1,1 +1,1 @@
-"""Training routers, fine-tuning at any budget, and turning budgets into thresholds."""
+"""Training routers, and fine-tuning at any budget."""

@@ -18,7 +18,7 @@ from baselines import METHODS, Settings, routers  # noqa: E402
 from baselines.d2dmoe import square_hoyer  # noqa: E402
 from baselines.experts import ExpertMethod, batch_threshold, largest, mass_before  # noqa: E402
 
-from prunepath.convert.adapters import find_ffns  # noqa: E402
+from prunepath.families import find_ffns  # noqa: E402
 from prunepath.errors import PrunePathError  # noqa: E402
 from prunepath.nn.observers import padding_masks  # noqa: E402
 

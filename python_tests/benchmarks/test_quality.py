@@ -22,7 +22,7 @@ from tasks.base import SPLITS, package_texts  # noqa: E402
 from tasks.functions import Functions, functions  # noqa: E402
 from tasks.models import _corrupted, fuse_norms, new_model  # noqa: E402
 
-from prunepath.convert.adapters import find_ffns  # noqa: E402
+from prunepath.families import find_ffns  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import prunepath
-from prunepath.finetune import FineTuning, finetune
+from prunepath.train.finetune import FineTuning, finetune
 from prunepath.train.trainer import AnyBudgetTrainer, is_router
 
 OPTIONS = "--steps 4 --batch-size 2 --sequence-length 32".split()

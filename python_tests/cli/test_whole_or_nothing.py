@@ -27,7 +27,7 @@ import json, os, random, resource, signal, sys, time
 from pathlib import Path
 from threading import RLock
 import torch, tqdm
-import prunepath.cli, prunepath.packing, prunepath.shrinking, prunepath.streaming
+import prunepath.cli, prunepath.checkpoint.packing, prunepath.shrinking, prunepath.conversion.streaming
 torch.set_num_threads(1)
 tqdm.tqdm.set_lock(RLock())  # tqdm's own is shared with forked processes, and one that is killed never gives it back
 base, command, kills = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])

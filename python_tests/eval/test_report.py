@@ -10,7 +10,7 @@ import prunepath
 from prunepath.errors import PrunePathError
 from prunepath.eval.perplexity import evaluate
 from prunepath.eval.report import measure, split_pieces, write_report
-from prunepath.modeling import sparse_ffns
+from prunepath.nn import sparse_ffns
 
 PASSAGE = "Naïve <b>façade</b> & 日本 🎉\n"
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import prunepath
-from prunepath.offload import expert_bytes, offload_experts, simulate
-from prunepath.packing import pack
+from prunepath.memory.offload import expert_bytes, offload_experts, simulate
+from prunepath.checkpoint.packing import pack
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import prunepath
-from prunepath.modeling import description_of
+from prunepath.checkpoint.description import description_of
 from prunepath.train.loss_metric import measure_loss_metric
 from prunepath.train.router import contributions
 

@@ -12,9 +12,9 @@ import transformers
 from transformers.trainer_utils import set_seed
 
 import prunepath
-from prunepath.convert.adapters import find_ffns
-from prunepath.modeling import SparseDescription, install
-from prunepath.packing import pack
+from prunepath.families import find_ffns
+from prunepath.checkpoint.description import SparseDescription, install
+from prunepath.checkpoint.packing import pack
 
 VOCABULARY = 97
 SMALL = {

@@ -7,7 +7,7 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
 import prunepath
-from prunepath.offload import Call, SlotTable, expert_bytes, offload_experts, simulate
+from prunepath.memory.offload import Call, SlotTable, expert_bytes, offload_experts, simulate
 
 
 @pytest.fixture(params=["llama", "llama_mlp_bias", "opt", "phi3"])

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import prunepath
-from prunepath.convert.tensor_file import NewTensor, TensorFile, write_tensor_file
+from prunepath.checkpoint.tensor_file import NewTensor, TensorFile, write_tensor_file
 from prunepath.eval.memory import report_memory
-from prunepath.packing import SHARDS, limit_resident_experts, pack, resident_limit
+from prunepath.checkpoint.packing import SHARDS, limit_resident_experts, pack, resident_limit
 
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="reads Linux's /proc")
 
@@ -256,7 +256,7 @@ def test_a_place_that_cannot_be_written_is_refused(folders, out):
 FULL_DISK = """
 import resource, signal, sys
 from prunepath.errors import PrunePathError
-from prunepath.packing import pack
+from prunepath.checkpoint.packing import pack
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 try:
@@ -277,7 +277,7 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch, transformers
-from prunepath.packing import pack
+from prunepath.checkpoint.packing import pack
 torch.set_num_threads(1)
 folder, base, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 pack(folder, base / "whole")
@@ -327,7 +327,7 @@ def test_killing_pack_at_any_moment_leaves_nothing_or_all_of_it(folders, tmp_pat
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path):
-    from prunepath.modeling import whole_folder
+    from prunepath.checkpoint.folders import whole_folder
 
     with whole_folder(tmp_path / "out") as folder:
         (folder / "mine").write_text("mine")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 import prunepath
-from prunepath.streaming import convert_streaming
+from prunepath.conversion.streaming import convert_streaming
 
 SIZES = dict(vocab_size=97, bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.2)
 OTHERS = {
@@ -75,7 +75,7 @@ def test_it_is_what_converting_in_memory_makes(family, center, dense_folder, tok
 
 
 STOPPED = """
-import sys, torch, prunepath, prunepath.streaming as streaming
+import sys, torch, prunepath, prunepath.conversion.streaming as streaming
 folder, out, layers = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
 def stop(stream, index, real=streaming._Stream._release):
@@ -91,7 +91,7 @@ streaming.convert_streaming(folder, out, None, texts, config)
 KILLED = """
 import os, random, signal, sys, time, torch, prunepath
 from pathlib import Path
-from prunepath.streaming import convert_streaming
+from prunepath.conversion.streaming import convert_streaming
 from threading import RLock
 from tqdm import tqdm
 torch.set_num_threads(1)
@@ -193,7 +193,7 @@ def test_killing_it_at_any_moment_loses_no_layer_and_leaves_nothing_wrong(
 
 FULL_DISK = """
 import resource, signal, sys, torch, prunepath
-from prunepath.streaming import convert_streaming
+from prunepath.conversion.streaming import convert_streaming
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 texts, config = torch.load(sys.argv[3]), prunepath.PrunePathConfig(**torch.load(sys.argv[4]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 13, 1 << 13))
@@ -261,7 +261,7 @@ def test_a_place_that_cannot_be_written_is_refused(dense_folder, token_texts, sm
 
 
 GROWTH = """
-import sys, torch, prunepath, prunepath.streaming as streaming
+import sys, torch, prunepath, prunepath.conversion.streaming as streaming
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 from prunepath.eval.memory import process_memory

@@ -13,7 +13,7 @@ from prunepath.demo.run import model_folder
 from prunepath.nn import FFNLayout, SparseFFN
 from prunepath.nn.observers import counting
 from prunepath.train import calibration
-from prunepath.train.calibration import BUDGETS, Sample, fit_budgets
+from prunepath.calibration.fit import BUDGETS, Sample, fit_budgets
 
 HIDDEN, WIDTH, EXPERTS = 16, 64, 8
 

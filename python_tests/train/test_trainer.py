@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import prunepath
-from prunepath.convert.batches import mean_loss
+from prunepath.conversion.batches import mean_loss
 from prunepath.errors import PrunePathError
 from prunepath.train.any_budget import AnyBudget, AnyBudgetConfig, distillation_loss, mass_quantile_mask
 from prunepath.train.trainer import AnyBudgetCallback, AnyBudgetTrainer, dense_teacher, is_router

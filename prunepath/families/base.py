@@ -106,6 +106,7 @@ class FFNSite:
     name: str
     path: str
     layout: FFNLayout
+    hidden_size: int
     intermediate_size: int
     adapter: FFNAdapter
 
@@ -127,8 +128,7 @@ def find_ffns(model: nn.Module) -> list[FFNSite]:
             parent_path, _, name = path.rpartition(".")
             parent = model.get_submodule(parent_path)
             layout = adapter.layout(module)
-            _, intermediate_size = layout.sizes(module)
-            sites.append(FFNSite(parent, name, adapter.path(path), layout, intermediate_size, adapter))
+            sites.append(FFNSite(parent, name, adapter.path(path), layout, *layout.sizes(module), adapter))
     if not sites:
         mixture = next((type(m).__name__ for m in model.modules() if _MIXTURE.search(type(m).__name__)), None)
         if mixture is not None:

@@ -1,7 +1,7 @@
 """What PrunePath knows about each model family's FFN: one small file a family."""
 
-from prunepath.convert.adapters import bert, gated_mlp, gpt2, gpt_neox, opt, phi3, t5
-from prunepath.convert.adapters.base import (
+from prunepath.families import bert, gated_mlp, gpt2, gpt_neox, opt, phi3, t5
+from prunepath.families.base import (
     FFNAdapter,
     FFNSite,
     activation_name,

@@ -13,8 +13,7 @@ from torch import nn
 
 from prunepath import ops
 from prunepath.errors import PrunePathError
-from prunepath.modeling import sparse_ffns
-from prunepath.nn import SparseFFN
+from prunepath.nn import SparseFFN, sparse_ffns
 
 _PER_EXPERT = ("b_in", "center")  # the options of `ops.sparse_ffn` that have a row for each expert
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from prunepath.config import PrunePathConfig
-from prunepath.convert.partition import partition_neurons
+from prunepath.conversion.partition import partition_neurons
 from prunepath.nn import SparseFFN
 from prunepath.nn.experts import expert_contributions
 

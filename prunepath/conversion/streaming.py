@@ -18,18 +18,27 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from prunepath.calibration.fit import BUDGETS, FitFraction
+from prunepath.checkpoint.description import SparseDescription, install
+from prunepath.checkpoint.folders import check_output_folder, whole_folder
+from prunepath.checkpoint.loading import read_model_config
+from prunepath.checkpoint.packing import INDEX, open_shards
+from prunepath.checkpoint.tensor_file import NewTensor, TensorFile, write_tensor_file
 from prunepath.config import PrunePathConfig
-from prunepath.convert.adapters import find_ffns
-from prunepath.convert.batches import Batch, backbone_inputs, count_tokens, first_tokens, sample_batches, split_held_out
-from prunepath.convert.experts import ExpertGrouping
-from prunepath.convert.partition import check_num_experts
-from prunepath.convert.tensor_file import NewTensor, TensorFile, write_tensor_file
+from prunepath.conversion.batches import (
+    Batch,
+    backbone_inputs,
+    count_tokens,
+    first_tokens,
+    sample_batches,
+    split_held_out,
+)
+from prunepath.conversion.experts import ExpertGrouping
+from prunepath.conversion.partition import check_num_experts
 from prunepath.errors import CheckpointError, PrunePathError
-from prunepath.modeling import SparseDescription, check_output_folder, install, read_model_config, whole_folder
+from prunepath.families import find_ffns
 from prunepath.nn import SparseFFN
 from prunepath.nn.observers import observing_inputs
-from prunepath.packing import INDEX, open_shards
-from prunepath.train.calibration import BUDGETS, FitFraction
 from prunepath.train.router import RouterQuality, RouterTraining, contributions
 
 _METADATA = {"format": "pt"}

@@ -13,17 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prunepath.convert.tensor_file import PADDING, PAGE_BYTES, NewTensor, TensorFile, write_tensor_file
+from prunepath.checkpoint.description import QUANT_METHOD, SparseDescription, install
+from prunepath.checkpoint.folders import whole_folder
+from prunepath.checkpoint.loading import read_model_config
+from prunepath.checkpoint.tensor_file import PADDING, PAGE_BYTES, NewTensor, TensorFile, write_tensor_file
 from prunepath.errors import CheckpointError, PrunePathError
-from prunepath.modeling import (
-    QUANT_METHOD,
-    SparseDescription,
-    install,
-    read_model_config,
-    sparse_ffns,
-    whole_folder,
-)
-from prunepath.nn import SparseFFN, SplitFFN
+from prunepath.nn import SparseFFN, SplitFFN, sparse_ffns
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

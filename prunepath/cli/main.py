@@ -155,7 +155,7 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """Make a dense model sparse: partition its FFNs, train routers, calibrate budgets, write OUT."""
-    from prunepath.modeling import check_output_folder
+    from prunepath.checkpoint.folders import check_output_folder
 
     config = PrunePathConfig(
         num_experts=num_experts,
@@ -180,8 +180,8 @@ def convert(
     with _results(as_json) as results:
         prunepath = _import_prunepath()
         if low_memory:
-            from prunepath.modeling import load_tokenizer
-            from prunepath.streaming import convert_streaming
+            from prunepath.checkpoint.loading import load_tokenizer
+            from prunepath.conversion.streaming import convert_streaming
 
             convert_streaming(model, out, load_tokenizer(model), texts, config, progress=True)
             _show_conversion(results, out, config)
@@ -315,13 +315,13 @@ def generate(
         if threshold is not None:
             prunepath.set_threshold(loaded, threshold)
         if resident_experts is None and budget is not None:
-            from prunepath.packing import resident_limit
+            from prunepath.checkpoint.packing import resident_limit
 
             limit = resident_limit(loaded, budget)
             if limit is not None:
                 results.note(f"Keeping {limit / 1e6:.1f} MB of experts in memory (--resident-experts).")
         if limit is not None:
-            from prunepath.packing import limit_resident_experts
+            from prunepath.checkpoint.packing import limit_resident_experts
 
             limit_resident_experts(loaded, limit)
         inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
@@ -396,8 +396,8 @@ def train(
     """Fine-tune a sparse model at random budgets, so that one checkpoint serves all of them, and write OUT."""
     import transformers
 
-    from prunepath.finetune import FineTuning, finetune, is_first_process
-    from prunepath.modeling import check_output_folder
+    from prunepath.checkpoint.folders import check_output_folder
+    from prunepath.train.finetune import FineTuning, finetune, is_first_process
 
     config = FineTuning(
         steps=steps,
@@ -495,12 +495,12 @@ def pack(
     as_json: JsonOption = False,
 ) -> None:
     """Write SPARSE anew so that its experts are used straight from the file, and only those that run."""
-    from prunepath.modeling import check_output_folder
+    from prunepath.checkpoint.folders import check_output_folder
 
     check_output_folder(out)
     with _results(as_json) as results:
         _import_prunepath()
-        from prunepath.packing import pack as pack_checkpoint
+        from prunepath.checkpoint.packing import pack as pack_checkpoint
 
         sizes = pack_checkpoint(model, out)
         results.json({"model": str(model), "out": str(out), **sizes})
@@ -551,15 +551,16 @@ def shrink(
     as_json: JsonOption = False,
 ) -> None:
     """Remove the experts that a budget hardly uses, for good; show what that costs, then write SMALLER."""
-    from prunepath.modeling import check_output_folder
+    from prunepath.checkpoint.folders import check_output_folder
 
     _check_fraction("budget", budget)
     check_output_folder(out)
     texts = _texts(data, text_column)
     with _results(as_json) as results:
         prunepath = _import_prunepath()
-        from prunepath.modeling import description_of
         from prunepath.shrinking import REFIT_TOKENS, Plan
+
+        from prunepath.checkpoint.description import description_of
 
         loaded, tokenizer = _load(prunepath, model, dtype, device)
         if not prunepath.is_sparse(loaded):
@@ -615,7 +616,7 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Convert the embedded model and show the trade-off; needs no network and at most a few minutes."""
-    from prunepath.modeling import check_output_folder
+    from prunepath.checkpoint.folders import check_output_folder
 
     try:
         check_output_folder(out)
@@ -825,7 +826,7 @@ def _load_offloaded(prunepath, name: str, dtype: DType, device: str | None, gpu_
     """(model, tokenizer, cache), the cache None unless experts are to be kept on a GPU."""
     if gpu_experts is None:
         return *_load(prunepath, name, dtype, device), None
-    from prunepath.offload import offload_experts
+    from prunepath.memory.offload import offload_experts
 
     size, device = _size("gpu-experts", gpu_experts), device or "cuda"
     if device.partition(":")[0] == "cpu":
@@ -884,7 +885,8 @@ def _describe(path: str | Path) -> dict:
     """A checkpoint as its folder tells it, without loading the weights."""
     from safetensors import SafetensorError, safe_open
 
-    from prunepath.modeling import QUANT_METHOD, SparseDescription, read_model_config
+    from prunepath.checkpoint.description import QUANT_METHOD, SparseDescription
+    from prunepath.checkpoint.loading import read_model_config
 
     folder = Path(path)
     config = read_model_config(folder)

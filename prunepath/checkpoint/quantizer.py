@@ -15,16 +15,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from prunepath import packing
-from prunepath.convert.tensor_file import TensorFile
+from prunepath.budgets import set_threshold
+from prunepath.checkpoint.description import QUANT_METHOD, SparseDescription, install
+from prunepath.checkpoint.loading import check_routers
+from prunepath.checkpoint.tensor_file import TensorFile
 from prunepath.errors import CheckpointError
-from prunepath.modeling import (
-    QUANT_METHOD,
-    SparseDescription,
-    check_routers,
-    install,
-    set_threshold,
-    sparse_ffns,
-)
+from prunepath.nn import sparse_ffns
 
 
 @register_quantization_config(QUANT_METHOD)

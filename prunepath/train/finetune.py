@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunepath.budgets import set_budget
+from prunepath.checkpoint.description import description_of
 from prunepath.config import BACKBONES
-from prunepath.convert.batches import mean_loss
-from prunepath.convert.tokens import sample_windows
+from prunepath.conversion.batches import mean_loss
+from prunepath.conversion.convert import calibrate
+from prunepath.conversion.tokens import sample_windows
 from prunepath.errors import PrunePathError
-from prunepath.modeling import calibrate, description_of, set_budget
 from prunepath.train.any_budget import AnyBudgetConfig
 
 REPORTED_BUDGETS = (1.0, 0.5, 0.25, 0.1)

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from prunepath.convert.adapters.base import FFNAdapter, activation_name
+from prunepath.families.base import FFNAdapter, activation_name
 from prunepath.nn import FFNLayout
 
 

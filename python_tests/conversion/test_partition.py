@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunepath.convert.partition import partition_neurons, valid_num_experts
+from prunepath.conversion.partition import partition_neurons, valid_num_experts
 from prunepath.errors import NativeLibraryError, PrunePathError
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from prunepath.convert.tokens import sample_windows, token_windows
+from prunepath.conversion.tokens import sample_windows, token_windows
 from prunepath.errors import PrunePathError
 
 

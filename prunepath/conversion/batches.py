@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from prunepath.convert.tokens import MIN_TOKENS, READ_AHEAD, sample_windows
+from prunepath.conversion.tokens import MIN_TOKENS, READ_AHEAD, sample_windows
 from prunepath.errors import PrunePathError
 
 Batch = dict[str, torch.Tensor]

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 import prunepath
-from prunepath.convert.adapters import activation_name, base
+from prunepath.families import activation_name, base
 
 
 class ToyConfig(PretrainedConfig):

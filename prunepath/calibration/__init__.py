@@ -1,0 +1,1 @@
+"""Turning budgets into thresholds."""

@@ -1,0 +1,1 @@
+"""Experts that need not all be in memory, or on the GPU."""
