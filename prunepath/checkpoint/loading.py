@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from prunepath.checkpoint.description import QUANT_METHOD, SparseDescription
 from prunepath.checkpoint.folders import whole_folder
 from prunepath.checkpoint.tensor_file import TensorFile
 from prunepath.errors import CheckpointError, PrunePathError
+from prunepath.nn import sparse_ffns
 
 
 def save(model: nn.Module, tokenizer: Any | None, out: str | os.PathLike) -> None:
@@ -123,3 +125,11 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     if isinstance(sparsity, dict) and sparsity.get("quant_method") == QUANT_METHOD:
         SparseDescription.from_dict(sparsity)
     return config
+
+
+def check_routers(model: nn.Module) -> None:
+    """Raises CheckpointError if a router holds a value that is not finite."""
+    for path, ffn in sparse_ffns(model).items():
+        for name, tensor in ffn.router.named_parameters():
+            if not math.isfinite(tensor.detach().float().sum().item()):
+                raise CheckpointError(f"Expected finite numbers in {path}.router.{name}, but it has NaN or infinite ones.")

@@ -14,7 +14,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from prunepath import packing
+from prunepath.checkpoint import packing
 from prunepath.budgets import set_threshold
 from prunepath.checkpoint.description import QUANT_METHOD, SparseDescription, install
 from prunepath.checkpoint.loading import check_routers
