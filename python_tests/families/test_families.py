@@ -12,9 +12,8 @@ import transformers
 from transformers.trainer_utils import set_seed
 
 import prunepath
-from prunepath.families import find_ffns
-from prunepath.checkpoint.description import SparseDescription, install
 from prunepath.checkpoint.packing import pack
+from prunepath.families import find_ffns
 
 VOCABULARY = 97
 SMALL = {
@@ -94,20 +93,6 @@ def make_dense(name):
     return model
 
 
-def make_sparse(dense):
-    """A sparse copy with routers and centres of random values, which at threshold 1 must not matter."""
-    model = copy.deepcopy(dense)
-    config = prunepath.PrunePathConfig(num_experts=8)
-    paths = [site.path for site in find_ffns(model)]
-    description = SparseDescription(config, True, paths, [1.0] * len(paths), {}, {})
-    for ffn in install(model, description).values():
-        torch.nn.init.normal_(ffn.router.weight)
-        torch.nn.init.normal_(ffn.router.bias)
-        ffn.center.normal_(std=0.1)
-    model.config.quantization_config = description.to_dict()
-    return model
-
-
 def inputs(model, length, seed=0):
     ids = torch.randint(2, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(seed))
     if model.config.is_encoder_decoder:
@@ -140,17 +125,28 @@ def family(request):
     return request.param
 
 
+@pytest.fixture
+def make_sparse(make_sparse):
+    """A sparse copy of a dense model, with routers that at threshold 1 must not matter."""
+    return lambda dense, **config: make_sparse(copy.deepcopy(dense), **config)
+
+
+@pytest.fixture(params=[{}, {"expert_width": 8, "router_rank": 0}], ids=["n1", "n8-full-rank"])
+def experts(request):
+    return request.param
+
+
 @torch.no_grad()
-def test_dense_at_threshold_1_on_both_paths(family):
+def test_dense_at_threshold_1_on_both_paths(family, make_sparse, experts):
     dense = make_dense(family)
-    sparse = make_sparse(dense)
+    sparse = make_sparse(dense, **experts)
     ffns = prunepath.sparse_ffns(sparse)
     assert len(ffns) == FAMILIES[family][4]
     few, many = output(dense), output(dense, 100)
     with prunepath.record_counts(sparse) as record:
         assert relative_error(output(sparse), few) < 1e-6
     assert record.active_fraction == 1.0
-    assert all(ffn._packed is not None for ffn in ffns.values()), "few tokens are served by the kernels"
+    assert all(ffn.has_row_tables() for ffn in ffns.values()), "few tokens are served by the kernels"
     assert relative_error(output(sparse, 100), many) < 1e-6
     with torch.enable_grad():
         assert relative_error(output(sparse), few) < 1e-6
@@ -162,6 +158,7 @@ def test_converts(family, token_texts, small_config, tmp_path):
     sparse = prunepath.convert(copy.deepcopy(dense), None, token_texts, small_config)
     assert relative_error(output(sparse), output(dense)) < 1e-6
     assert relative_error(output(sparse, 100), output(dense, 100)) < 1e-6
+    assert_same_weights(sparse, dense)
     prunepath.set_budget(sparse, 0.5)
     with prunepath.record_counts(sparse) as record:
         for seed in range(8):
@@ -172,8 +169,15 @@ def test_converts(family, token_texts, small_config, tmp_path):
     assert torch.equal(output(loaded), output(sparse))
 
 
-def test_kernels_and_autograd_skip_the_same_experts(family):
-    sparse = make_sparse(make_dense(family))
+def assert_same_weights(sparse, dense):
+    """Every weight of the dense model, to the bit."""
+    weights = dict(sparse.named_parameters(remove_duplicate=False))
+    for name, parameter in dense.named_parameters(remove_duplicate=False):
+        assert torch.equal(weights[name], parameter), name
+
+
+def test_kernels_and_autograd_skip_the_same_experts(family, make_sparse, experts):
+    sparse = make_sparse(make_dense(family), **experts)
     with torch.no_grad():
         dense = output(sparse)
         prunepath.set_threshold(sparse, 0.7)
@@ -183,19 +187,29 @@ def test_kernels_and_autograd_skip_the_same_experts(family):
 
 
 @torch.no_grad()
-def test_weights_exist_once(family):
-    sparse = make_sparse(make_dense(family))
-    before = sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in sparse.parameters()}.values())
+def test_weights_never_move_in_calls(family, make_sparse):
+    dense = make_dense(family)
+    sparse = make_sparse(dense)
+    before = {name: (p.data_ptr(), p.stride(), p._version) for name, p in sparse.named_parameters()}
+    prunepath.set_threshold(sparse, 0.5)
     output(sparse)
-    after = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in sparse.parameters()}
-    for ffn in prunepath.sparse_ffns(sparse).values():
-        for packed in (ffn._packed.w_in, ffn._packed.w_out):
-            assert packed.untyped_storage().data_ptr() in after
-    assert sum(after.values()) == before
+    output(sparse, 100)
+    sparse.train()
+    sparse.state_dict()
+    sparse.eval()
+    copy.deepcopy(sparse)
+    assert {name: (p.data_ptr(), p.stride(), p._version) for name, p in sparse.named_parameters()} == before
+    assert_same_weights(sparse, dense)
+    prunepath.for_training(sparse)
+    assert all(p.is_contiguous() for p in sparse.parameters())
+    assert_same_weights(sparse, dense)
+    prunepath.for_inference(sparse)
+    assert all(ffn.has_row_tables() for ffn in prunepath.sparse_ffns(sparse).values())
+    assert_same_weights(sparse, dense)
 
 
 @torch.no_grad()
-def test_saved_and_loaded_by_its_auto_class(family, tmp_path):
+def test_saved_and_loaded_by_its_auto_class(family, make_sparse, tmp_path):
     sparse = make_sparse(make_dense(family))
     prunepath.set_threshold(sparse, 0.7)
     expected = output(sparse)
@@ -208,7 +222,7 @@ def test_saved_and_loaded_by_its_auto_class(family, tmp_path):
 
 
 @torch.no_grad()
-def test_without_prunepath_every_family_loads_dense(tmp_path):
+def test_without_prunepath_every_family_loads_dense(make_sparse, tmp_path):
     """One process loads all of them, because importing transformers takes its time."""
     expected = {}
     for name in FAMILIES:
@@ -233,7 +247,7 @@ def test_without_prunepath_every_family_loads_dense(tmp_path):
         assert relative_error(torch.load(tmp_path / name / "output"), dense) < 1e-6, name
 
 
-def test_trains(family):
+def test_trains(family, make_sparse):
     sparse = make_sparse(make_dense(family))
     prunepath.set_threshold(sparse, 0.8)
     sparse.train()
@@ -258,7 +272,7 @@ def test_trains(family):
     assert relative_error(output(sparse), kernels) < 1e-5
 
 
-def test_dropout_in_training_is_the_dense_models(family):
+def test_dropout_in_training_is_the_dense_models(family, make_sparse):
     """At threshold 1 a training forward pass equals the dense model's with the same seed, dropout included."""
     dense = make_dense(family)
     sparse = make_sparse(dense)
@@ -277,7 +291,7 @@ def test_dropout_in_training_is_the_dense_models(family):
 
 @pytest.mark.parametrize("family", GENERATING)
 @torch.no_grad()
-def test_generates(family):
+def test_generates(family, make_sparse):
     dense = make_dense(family)
     sparse = make_sparse(dense)
     ids = inputs(dense, 12)["input_ids"]
@@ -291,7 +305,7 @@ def test_generates(family):
 
 
 @torch.no_grad()
-def test_copies_and_casts_compute_the_same(family, tmp_path):
+def test_copies_and_casts_compute_the_same(family, make_sparse, tmp_path):
     sparse = make_sparse(make_dense(family))
     prunepath.set_threshold(sparse, 0.7)
     expected = output(sparse)
@@ -305,15 +319,15 @@ def test_copies_and_casts_compute_the_same(family, tmp_path):
     prunepath.set_threshold(sparse, 1.0)
     expected = output(sparse)
     assert relative_error(output(sparse.to(torch.bfloat16)).float(), expected) < 0.1
-    assert all(ffn._packed is not None for ffn in prunepath.sparse_ffns(sparse).values())
+    assert all(ffn.has_row_tables() for ffn in prunepath.sparse_ffns(sparse).values())
 
 
 @pytest.mark.parametrize("family", ["phi3", "opt", "gpt2", "bert", "flan_t5"])
 @torch.no_grad()
-def test_compiles_as_one_graph(family):
+def test_compiles_as_one_graph(family, make_sparse):
     sparse = make_sparse(make_dense(family))
     prunepath.set_threshold(sparse, 0.7)
-    expected = output(sparse)  # also packs, which tracing does not
+    expected = output(sparse)
     batch = inputs(sparse, 12)
     if family != "bert":
         batch["use_cache"] = False
@@ -328,7 +342,7 @@ def test_compiles_as_one_graph(family):
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
 @torch.no_grad()
-def test_generate_with_a_static_cache_compiles_without_graph_breaks(family):
+def test_generate_with_a_static_cache_compiles_without_graph_breaks(family, make_sparse):
     sparse = make_sparse(make_dense(family))
     ids = inputs(sparse, 12)["input_ids"]
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -353,7 +367,7 @@ def test_generate_with_a_static_cache_compiles_without_graph_breaks(family):
         ("flan_t5", ["wi_0", "wi_1", "wo"]),
     ],
 )
-def test_lora_layers_are_called_and_merge(family, targets):
+def test_lora_layers_are_called_and_merge(family, targets, make_sparse):
     peft = pytest.importorskip("peft")
     sparse = make_sparse(make_dense(family))
     prunepath.set_threshold(sparse, 0.7)
@@ -370,12 +384,12 @@ def test_lora_layers_are_called_and_merge(family, targets):
         assert relative_error(adapted, before) > 1e-3
         merged = wrapped.merge_and_unload()
         assert relative_error(output(merged), adapted) < 1e-5
-    assert all(ffn._packed is not None for ffn in prunepath.sparse_ffns(merged).values())
+    assert all(ffn.has_row_tables() for ffn in prunepath.sparse_ffns(merged).values())
 
 
 @pytest.mark.parametrize("family", ["t5", "flan_t5"])
 @torch.no_grad()
-def test_t5_in_half_precision_keeps_wo_in_float32(family, tmp_path):
+def test_t5_in_half_precision_keeps_wo_in_float32(family, make_sparse, tmp_path):
     dense = make_dense(family)
     sparse = make_sparse(dense)
     dense.save_pretrained(tmp_path / "dense")
@@ -438,7 +452,7 @@ def test_a_class_of_a_known_name_and_another_shape_is_refused():
 
 
 @torch.no_grad()
-def test_packed_checkpoints_are_the_same_model(family, tmp_path):
+def test_packed_checkpoints_are_the_same_model(family, make_sparse, tmp_path):
     sparse = make_sparse(make_dense(family))
     prunepath.save(sparse, None, tmp_path / "sparse")
     pack(tmp_path / "sparse", tmp_path / "packed")
