@@ -26,7 +26,7 @@ class Router(nn.Module):
             return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype), requires_grad=False)
 
         self.rank = rank
-        self.w_in = zeros(rank, hidden_size) if rank else None
+        self.register_parameter("w_in", zeros(rank, hidden_size) if rank else None)
         self.w_out = zeros(num_experts, rank or hidden_size)
         self.bias = zeros(num_experts)
 

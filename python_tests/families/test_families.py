@@ -131,7 +131,7 @@ def make_sparse(make_sparse):
     return lambda dense, **config: make_sparse(copy.deepcopy(dense), **config)
 
 
-@pytest.fixture(params=[{}, {"expert_width": 8, "router_rank": 0}], ids=["n1", "n8-full-rank"])
+@pytest.fixture(params=[{"router_rank": 8}, {"expert_width": 8}], ids=["n1-rank8", "n8-full-rank"])
 def experts(request):
     return request.param
 
