@@ -1,15 +1,20 @@
-"""The one configuration of a conversion."""
+"""What can be chosen in a conversion and in fine-tuning. The command line's options are made of these classes."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any, Literal, get_args
 
 from prunepath.errors import PrunePathError
 
-PARTITIONS = ("coactivation", "weights", "contiguous", "random")
-AUTOCASTS = ("none", "bfloat16", "float16")
-BACKBONES = ("full", "lora", "frozen")
-BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
+Partition = Literal["coactivation", "weights", "contiguous", "random"]
+Autocast = Literal["none", "bfloat16", "float16"]
+Backbone = Literal["full", "lora", "frozen"]
+Backend = Literal["auto", "triton", "cuda", "cpu", "reference"]
+PARTITIONS = get_args(Partition)
+AUTOCASTS = get_args(Autocast)
+BACKBONES = get_args(Backbone)
 
 
 @dataclasses.dataclass
@@ -17,10 +22,10 @@ class PrunePathConfig:
     """How a dense model becomes a sparse one. Every field is stored in the checkpoint.
 
     Args:
-        expert_width: neurons n of an expert; must divide the intermediate size D of every FFN. None is 1, the finest,
-            unless `num_experts` is given.
+        expert_width: neurons n of an expert; must divide the intermediate size D of every FFN. By default 1, the
+            finest, unless `num_experts` is given.
         num_experts: experts E = D / n of every FFN, which is the other way to say it.
-        router_rank: rank r of the routers; 0 is full rank, None suits the model's hidden size.
+        router_rank: rank r of the routers; 0 is full rank. By default it suits the model's hidden size.
         partition: how neurons are grouped where an expert has several: `coactivation`, `weights`, `contiguous` or
             `random`. With one neuron an expert they keep their order.
         min_experts: experts that always run, per token.
@@ -38,7 +43,7 @@ class PrunePathConfig:
     expert_width: int | None = None
     num_experts: int | None = None
     router_rank: int | None = None
-    partition: str = "coactivation"
+    partition: Partition = "coactivation"
     min_experts: int = 1
     max_experts: int = 0
     seed: int = 0
@@ -47,23 +52,19 @@ class PrunePathConfig:
     router_tokens: int = 32768
     router_learning_rate: float = 0.03
     calibration_tokens: int = 4096
-    autocast: str = "none"
+    autocast: Autocast = "none"
 
     def __post_init__(self) -> None:
-        for name, known in {"partition": PARTITIONS, "autocast": AUTOCASTS}.items():
-            if getattr(self, name) not in known:
-                raise PrunePathError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        _check_choice("partition", self.partition, PARTITIONS)
+        _check_choice("autocast", self.autocast, AUTOCASTS)
         least = dict.fromkeys([f.name for f in dataclasses.fields(self) if f.name.endswith("_tokens")], 1)
         least |= {"expert_width": 1, "num_experts": 1, "router_rank": 0, "min_experts": 1, "max_experts": 0}
         least |= {"sequence_length": 1, "seed": 0}
         for name, minimum in least.items():
             value = getattr(self, name)
-            if value is None and name in ("expert_width", "num_experts", "router_rank"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise PrunePathError(f"{name} must be a whole number of at least {minimum}, got {value!r}.")
-        if not isinstance(self.router_learning_rate, float | int) or not self.router_learning_rate > 0:
-            raise PrunePathError(f"router_learning_rate must be a number above 0, got {self.router_learning_rate!r}.")
+            if value is not None or name not in ("expert_width", "num_experts", "router_rank"):
+                _check_whole(name, value, minimum)
+        _check_positive("router_learning_rate", self.router_learning_rate)
         if self.expert_width is not None and self.num_experts is not None:
             raise PrunePathError(
                 f"Expected expert_width or num_experts, got both, {self.expert_width} and {self.num_experts}."
@@ -108,6 +109,48 @@ class PrunePathConfig:
         return default_router_rank(hidden_size)
 
 
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """How a sparse model is fine-tuned.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: windows of a step, of all processes together.
+        sequence_length: tokens of a window.
+        learning_rate: peak of the backbone's learning rate (AdamW, warm-up over a twentieth, then cosine to zero).
+        router_learning_rate: the same of the routers. By default three times the backbone's.
+        backbone: `full` trains all weights; `lora` low-rank updates of the linears, merged at the end; `frozen` none.
+            Routers train in any case.
+        lora_rank: rank of those updates (LoRA, arXiv 2106.09685).
+        distillation_weight: of the divergence from the dense teacher; 0 uses none.
+        seed: of the data's order and the drawn budgets.
+        save_steps: an interrupted run goes on from the last multiple of this many steps.
+    """
+
+    steps: int = 500
+    batch_size: int = 16
+    sequence_length: int = 512
+    learning_rate: float = 3e-4
+    router_learning_rate: float | None = None
+    backbone: Backbone = "full"
+    lora_rank: int = 16
+    distillation_weight: float = 1.0
+    seed: int = 0
+    save_steps: int = 100
+
+    def __post_init__(self) -> None:
+        _check_choice("backbone", self.backbone, BACKBONES)
+        for name in ("steps", "batch_size", "sequence_length", "lora_rank", "save_steps"):
+            _check_whole(name, getattr(self, name), 1)
+        _check_whole("seed", self.seed, 0)
+        _check_positive("learning_rate", self.learning_rate)
+        if self.router_learning_rate is not None:
+            _check_positive("router_learning_rate", self.router_learning_rate)
+        weight = self.distillation_weight
+        if not _is_finite(weight) or weight < 0:
+            raise PrunePathError(f"distillation_weight must be a finite number of at least 0, got {weight!r}.")
+
+
 def default_router_rank(hidden_size: int) -> int:
     """A ninth of the hidden size or so, in whole multiples of 32; full rank (0) for very small models."""
     rank = max(32, round(hidden_size / 9 / 32) * 32)
@@ -125,3 +168,22 @@ def nearest_divisors(size: int, wanted: int) -> tuple[int, int]:
     while size % above:
         above += 1
     return below, above
+
+
+def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise PrunePathError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+
+
+def _check_whole(name: str, value: Any, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise PrunePathError(f"{name} must be a whole number of at least {minimum}, got {value!r}.")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not _is_finite(value) or value <= 0:
+        raise PrunePathError(f"{name} must be a finite number above 0, got {value!r}.")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)

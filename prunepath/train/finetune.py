@@ -14,7 +14,7 @@ from torch import nn
 
 from prunepath.budgets import set_budget
 from prunepath.checkpoint.description import description_of
-from prunepath.config import BACKBONES
+from prunepath.config import FineTuning
 from prunepath.conversion.batches import mean_loss
 from prunepath.conversion.convert import calibrate
 from prunepath.conversion.tokens import sample_windows
@@ -24,48 +24,6 @@ from prunepath.train.any_budget import AnyBudgetConfig
 REPORTED_BUDGETS = (1.0, 0.5, 0.25, 0.1)
 _HELD_OUT_TOKENS = 16384
 _SETTINGS = "settings.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class FineTuning:
-    """How a sparse model is fine-tuned.
-
-    Args:
-        steps: optimiser steps.
-        batch_size: windows of a step, of all processes together.
-        sequence_length: tokens of a window.
-        learning_rate: peak of the backbone's learning rate (AdamW, warm-up over a twentieth, then cosine to zero).
-        router_learning_rate: the same of the routers; None is three times the backbone's.
-        backbone: `full` trains all weights; `lora` low-rank updates of the linears, merged at the end; `frozen` none.
-            Routers train in any case.
-        lora_rank: rank of those updates (LoRA, arXiv 2106.09685).
-        distillation_weight: of the divergence from the dense teacher; 0 uses none.
-        seed: of the data's order and the drawn budgets.
-        save_steps: an interrupted run goes on from the last multiple of this many steps.
-    """
-
-    steps: int = 500
-    batch_size: int = 16
-    sequence_length: int = 512
-    learning_rate: float = 3e-4
-    router_learning_rate: float | None = None
-    backbone: str = "full"
-    lora_rank: int = 16
-    distillation_weight: float = 1.0
-    seed: int = 0
-    save_steps: int = 100
-
-    def __post_init__(self) -> None:
-        if self.backbone not in BACKBONES:
-            raise PrunePathError(f"backbone must be one of {', '.join(BACKBONES)}, got {self.backbone!r}.")
-        for name in ("steps", "batch_size", "sequence_length", "lora_rank", "save_steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise PrunePathError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        if self.learning_rate <= 0 or (self.router_learning_rate is not None and self.router_learning_rate <= 0):
-            raise PrunePathError("Learning rates must be greater than 0.")
-        if self.distillation_weight < 0:
-            raise PrunePathError(f"distillation_weight must be at least 0, got {self.distillation_weight!r}.")
 
 
 def finetune(
