@@ -30,14 +30,14 @@ class PrunePathConfig:
             `random`. With one neuron an expert they keep their order.
         min_experts: experts that always run, per token.
         max_experts: experts that run at most, per token; 0 means all.
-        seed: of the partition and of the router's initial weights.
+        seed: seed of the partition and of the routers' initial weights.
         sequence_length: tokens of one calibration window.
         partition_tokens: calibration tokens whose activations group the neurons.
         router_tokens: calibration tokens that the routers train on.
         router_learning_rate: peak learning rate of the routers' AdamW on standardised inputs.
         calibration_tokens: tokens, held out from router training, that turn budgets into thresholds.
-        autocast: `bfloat16` or `float16`: run the backbone under torch.autocast in this dtype while converting; or
-            `none`. Routers always train in float32.
+        autocast: run the backbone under torch.autocast in this dtype while converting; `none` does not. Routers always
+            train in float32.
     """
 
     expert_width: int | None = None
@@ -118,12 +118,12 @@ class FineTuning:
         batch_size: windows of a step, of all processes together.
         sequence_length: tokens of a window.
         learning_rate: peak of the backbone's learning rate (AdamW, warm-up over a twentieth, then cosine to zero).
-        router_learning_rate: the same of the routers. By default three times the backbone's.
-        backbone: `full` trains all weights; `lora` low-rank updates of the linears, merged at the end; `frozen` none.
-            Routers train in any case.
+        router_learning_rate: peak of the routers' learning rate. By default three times the backbone's.
+        backbone: what trains beside the routers: `full` is all weights, `lora` is low-rank updates of the linears,
+            merged at the end, and `frozen` is nothing.
         lora_rank: rank of those updates (LoRA, arXiv 2106.09685).
-        distillation_weight: of the divergence from the dense teacher; 0 uses none.
-        seed: of the data's order and the drawn budgets.
+        distillation_weight: weight of the divergence from the dense teacher in the loss; 0 uses none.
+        seed: seed of the data's order and the drawn budgets.
         save_steps: an interrupted run goes on from the last multiple of this many steps.
     """
 

@@ -25,12 +25,14 @@ class Evaluation:
         tokens: predicted tokens.
         bytes: UTF-8 bytes of the text that those tokens spell; None without a tokenizer.
         active_fraction: mean share of FFN neurons computed; 1.0 for a dense model.
+        read_fraction: bytes of FFN weights read for a token, the routers' included, as a share of the dense model's.
     """
 
     nll: float
     tokens: int
     bytes: int | None
     active_fraction: float
+    read_fraction: float
 
     @property
     def perplexity(self) -> float:
@@ -113,6 +115,7 @@ def evaluate(
         tokens=tokens,
         bytes=None if tokenizer is None else size.bytes,
         active_fraction=1.0 if counts is None else counts.active_fraction,
+        read_fraction=1.0 if counts is None else counts.read_fraction,
     )
 
 

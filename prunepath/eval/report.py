@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,14 +18,15 @@ from prunepath.errors import PrunePathError
 from prunepath.eval.files import replacing
 from prunepath.eval.perplexity import evaluate
 from prunepath.eval.plots import heat_map
-from prunepath.nn import sparse_ffns
-from prunepath.nn.observers import ExpertUsage, observing_counts, observing_inputs
+from prunepath.nn import SparseFFN, sparse_ffns
+from prunepath.nn.observers import observing_counts
 
 PASSAGE_TOKENS = 256
 """Tokens of the passage that is shown coloured."""
 
 _HEAT = (99, 102, 241)  # legible on white and on black
 _MAX_BARS = 64
+_MAX_COLUMNS = 128
 
 
 def measure(
@@ -50,18 +52,19 @@ def measure(
         sequence_length, max_tokens, batch_size, progress: as for `prunepath.eval.perplexity.evaluate`.
 
     Returns:
-        A JSON-ready dict: `model`; `architecture`, `layers`, `num_experts`, `intermediate_sizes`; `rows`, one a budget
-        from dense to sparse, with `budget`, `thresholds` (one a layer), `active_fraction`, `perplexity`,
-        `bits_per_byte`, `tokens`, `bytes`, `per_layer` (active fraction), `histogram` (how many pairs of a token and a
-        layer run 0, 1, … E experts) and `usage` (for each layer the share of tokens that run each expert); and
-        `passage` with `pieces` (strings), `tokens` (how many tokens spell each) and `counts` (for each row and piece
-        the mean experts in each layer).
+        A JSON-ready dict: `model`; `architecture`, `layers`; `num_experts` and `intermediate_sizes`, one a layer; `rows`,
+        one a budget from dense to sparse; and `passage`. A row has `budget`, `thresholds` (one a layer),
+        `active_fraction`, `read_fraction`, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, `per_layer` (active
+        fraction), `histogram` (the share of pairs of a token and a layer that run up to 1/n, 2/n, … of the experts) and
+        `usage` (for each layer the share of tokens that run an expert, from the most to the least used; where there
+        are many, means over neighbours in that order). The passage has `pieces` (strings), `tokens` (how many tokens
+        spell each) and `active` (for each row and piece the mean active fraction in each layer).
 
     Raises:
         PrunePathError: for a dense model or one that was not calibrated, a budget outside (0, 1], none below 1, or
             nothing to evaluate on.
     """
-    description = _check_calibrated(model)
+    _check_calibrated(model)
     if all(budget == 1.0 for budget in budgets):
         raise PrunePathError("Expected at least one budget below 1 to compare with the dense model, got none.")
     ffns = list(sparse_ffns(model).values())
@@ -71,12 +74,11 @@ def measure(
     # The beginning token takes one place of the window.
     pieces = _passage(tokenizer, texts, max(1, min(PASSAGE_TOKENS, sequence_length - 1)))
     before = prunepath.get_thresholds(model)
-    rows, counts = [], []
+    rows, active = [], []
     try:
         for budget in budgets:
             prunepath.set_budget(model, budget)
-            usage = ExpertUsage(ffns)
-            with observing_inputs(dict.fromkeys(ffns, usage.observe)):
+            with prunepath.record_counts(model) as counts, _usage(ffns) as usage:
                 result = evaluate(
                     model,
                     tokenizer,
@@ -88,35 +90,37 @@ def measure(
                 )
             if not math.isfinite(result.nll):
                 raise PrunePathError(f"Expected a finite loss at budget {budget:g}, got {result.nll}.")
-            active = [(a.double() / tokens).tolist() for a, tokens in zip(usage.active, usage.tokens, strict=True)]
+            histogram = counts.histogram
+            tokens = histogram[0].sum().item()
             rows.append(
                 {
                     "budget": budget,
                     "thresholds": prunepath.get_thresholds(model),
                     "active_fraction": result.active_fraction,
+                    "read_fraction": result.read_fraction,
                     "perplexity": result.perplexity,
                     "bits_per_byte": result.bits_per_byte,
                     "tokens": result.tokens,
                     "bytes": result.bytes,
-                    "per_layer": [statistics.fmean(shares) for shares in active],
-                    "histogram": torch.stack(usage.histogram).sum(0).tolist(),
-                    "usage": active,
+                    "per_layer": counts.per_layer,
+                    "histogram": _histogram(histogram),
+                    "usage": [_from_most_used(usage[ffn] / tokens) for ffn in ffns],
                 }
             )
-            counts.append(_passage_counts(model, tokenizer, pieces))
+            active.append(_passage_active(model, tokenizer, pieces))
     finally:
         prunepath.set_threshold(model, before)
     return {
         "model": name,
         "architecture": type(model).__name__,
         "layers": len(ffns),
-        "num_experts": description.config.num_experts,
+        "num_experts": [ffn.num_experts for ffn in ffns],
         "intermediate_sizes": [ffn.intermediate_size for ffn in ffns],
         "rows": rows,
         "passage": {
             "pieces": [text for text, _ in pieces],
             "tokens": [len(ids) for _, ids in pieces],
-            "counts": counts,
+            "active": active,
         },
     }
 
@@ -150,16 +154,13 @@ def write_report(numbers: dict, path: str | Path) -> None:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _check_calibrated(model):
-    """The description of a sparse model that has calibrated budgets."""
+def _check_calibrated(model) -> None:
     if not prunepath.is_sparse(model):
         raise PrunePathError(
             f"Expected a sparse checkpoint to report on, got a dense {type(model).__name__}: convert it first."
         )
-    description = description_of(model)
-    if not description.budgets:
+    if not description_of(model).budgets:
         raise PrunePathError("Expected a checkpoint with calibrated budgets, but it has none: calibrate it first.")
-    return description
 
 
 def _passage(tokenizer, texts: Iterable[str], length: int) -> list[tuple[str, list[int]]]:
@@ -172,21 +173,58 @@ def _passage(tokenizer, texts: Iterable[str], length: int) -> list[tuple[str, li
     raise PrunePathError("Expected text to report on, but there is none.")
 
 
+@contextlib.contextmanager
+def _usage(ffns: Sequence[SparseFFN]) -> Iterator[dict[SparseFFN, torch.Tensor]]:
+    """Counts for each FFN, float64 [E] on the CPU, the tokens that run each expert inside the `with` block."""
+    usage = {ffn: torch.zeros(ffn.num_experts, dtype=torch.float64) for ffn in ffns}
+
+    def choose(ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        active, _ = ffn.select(x)
+        usage[ffn] += active.sum(0).cpu()
+        return active
+
+    before = {ffn: ffn.selector for ffn in ffns}
+    for ffn in ffns:
+        ffn.selector = choose
+    try:
+        yield usage
+    finally:
+        for ffn, selector in before.items():
+            ffn.selector = selector
+
+
+def _histogram(histograms: Sequence[torch.Tensor]) -> list[float]:
+    """Of all FFNs' tokens, the share that run up to 1/n, 2/n, … of the experts, n at most `_MAX_BARS`."""
+    bars = min(_MAX_BARS, max(len(histogram) - 1 for histogram in histograms))
+    total = torch.zeros(bars, dtype=torch.float64)
+    for histogram in histograms:
+        experts = len(histogram) - 1
+        places = (torch.arange(1, experts + 1) * bars - 1) // experts
+        total.scatter_add_(0, places, histogram[1:].double())
+    return (total / total.sum()).tolist()
+
+
+def _from_most_used(shares: torch.Tensor) -> list[float]:
+    """Shares [E] from the greatest to the least, in at most `_MAX_COLUMNS` means of neighbours."""
+    ordered = shares.sort(descending=True).values
+    return [round(part.mean().item(), 5) for part in ordered.tensor_split(min(len(ordered), _MAX_COLUMNS))]
+
+
 @torch.inference_mode()
-def _passage_counts(model, tokenizer, pieces: Sequence[tuple[str, list[int]]]) -> list[list[float]]:
-    """For each piece the mean experts of its tokens in each layer."""
+def _passage_active(model, tokenizer, pieces: Sequence[tuple[str, list[int]]]) -> list[list[float]]:
+    """For each piece the mean active fraction of its tokens in each layer."""
     ffns = list(sparse_ffns(model).values())
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = [*([] if start is None else [start]), *itertools.chain.from_iterable(ids for _, ids in pieces)]
     found = {}
     was_training = model.training
     model.eval()
-    with observing_counts(ffns, lambda ffn, counts: found.__setitem__(ffn, counts.cpu().double())):
+    with observing_counts(ffns, lambda ffn, counts: found.__setitem__(ffn, counts.cpu().double() / ffn.num_experts)):
         model(input_ids=torch.tensor([ids], device=next(model.parameters()).device), use_cache=False)
     model.train(was_training)
-    counts = torch.stack([found[ffn] for ffn in ffns], dim=1)[start is not None :]  # [T, layers]
-    parts = counts.split([len(ids) for _, ids in pieces])
-    return [[round(count, 2) for count in part.mean(0).tolist()] for part in parts]
+    active = torch.stack([found[ffn] for ffn in ffns], dim=1)[start is not None :]  # [T, layers]
+    parts = active.split([len(ids) for _, ids in pieces])
+    return [[round(share, 4) for share in part.mean(0).tolist()] for part in parts]
 
 
 def _render(numbers: dict) -> str:
@@ -202,18 +240,20 @@ def _render(numbers: dict) -> str:
     )
     environment.filters["percent"] = _percent
     quality = [row["bits_per_byte"] for row in rows]
-    pictures = [heat_map(row["usage"], _HEAT) for row in rows]
-    passages = [_colored(counts, numbers["num_experts"]) for counts in numbers["passage"]["counts"]]
+    pictures = [heat_map(_equally_long(row["usage"]), _HEAT) for row in rows]
+    smallest, largest = min(numbers["num_experts"]), max(numbers["num_experts"])
     return environment.get_template("report.html.jinja").render(
         numbers,
         version=prunepath.__version__,
+        experts=f"{largest:,}" if smallest == largest else f"{smallest:,} to {largest:,}",
+        columns=max(len(usage) for usage in rows[0]["usage"]),
         colors=[_color(i, len(rows)) for i in range(len(rows))],
         chosen=rows.index(min(rows[1:], key=lambda row: abs(row["budget"] - 0.25))),
         quality=_scale(min(quality), max(quality)),
         histograms=[_bars(row["histogram"]) for row in rows],
         layer_ticks=sorted({round(i * (layers - 1) / 5) for i in range(6)}),
         pictures=[f"data:image/png;base64,{base64.b64encode(picture).decode()}" for picture in pictures],
-        passages=passages,
+        passages=[_colored(active) for active in numbers["passage"]["active"]],
     )
 
 
@@ -240,25 +280,27 @@ def _scale(low: float, high: float) -> dict:
     return {"low": ticks[0], "high": ticks[-1], "ticks": ticks, "digits": digits}
 
 
-def _bars(histogram: Sequence[int]) -> dict:
-    """Shares of 1, 2, … E experts in at most `_MAX_BARS` `bars` of equal width, the `mean` and the `peak` share."""
-    experts = len(histogram) - 1
-    width = math.ceil(experts / _MAX_BARS)
-    total = sum(histogram)
+def _bars(histogram: Sequence[float]) -> dict:
+    """The `bars` of a histogram, each with its `label` and `share`, and the `peak` share."""
     bars = []
-    for first in range(1, experts + 1, width):
-        last = min(first + width - 1, experts)
-        label = f"{first}" if first == last else f"{first}–{last}"
-        bars.append({"label": label, "share": sum(histogram[first : last + 1]) / total})
-    mean = sum(count * tokens for count, tokens in enumerate(histogram)) / total
-    return {"bars": bars, "mean": mean, "peak": max(bar["share"] for bar in bars)}
+    for i, share in enumerate(histogram):
+        bars.append(
+            {"label": f"{_percent(i / len(histogram))} to {_percent((i + 1) / len(histogram))}", "share": share}
+        )
+    return {"bars": bars, "peak": max(histogram)}
 
 
-def _colored(counts: Sequence[Sequence[float]], num_experts: int) -> dict:
-    """Each piece's mean experts, and its place from 0 to 100 between those of the 2nd and the 98th percentile."""
-    means = [statistics.fmean(layers) for layers in counts]
+def _equally_long(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Rows stretched to the length of the longest."""
+    longest = max(map(len, rows))
+    return [[row[i * len(row) // longest] for i in range(longest)] for row in rows]
+
+
+def _colored(active: Sequence[Sequence[float]]) -> dict:
+    """Each piece's mean active fraction, and its place from 0 to 100 between the 2nd and the 98th percentile."""
+    means = [statistics.fmean(layers) for layers in active]
     ordered = sorted(means)
     low, high = ordered[int(0.02 * len(ordered))], ordered[int(0.98 * (len(ordered) - 1))]
-    span = max(high - low, 1e-6 * num_experts)
+    span = max(high - low, 1e-6)
     heat = [round(100 * min(1.0, max(0.0, (mean - low) / span))) for mean in means]
     return {"means": means, "heat": heat, "low": low, "high": high}

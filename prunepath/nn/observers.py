@@ -54,29 +54,15 @@ class CountRecord:
         widths = [ffn.intermediate_size for ffn in self._ffns]
         return sum(w * f for w, f in zip(widths, self.per_layer, strict=True)) / sum(widths)
 
+    @property
+    def read_fraction(self) -> float:
+        """Weights read for a token, the routers' included, as a share of those that the dense FFNs read.
 
-class ExpertUsage:
-    """Which experts the router chooses, gathered by `observe` as an input hook.
-
-    Attributes:
-        tokens: for each FFN, the tokens seen.
-        active: for each FFN an int64 tensor [E]: how many of them run each expert.
-        histogram: for each FFN an int64 tensor [E + 1]: how many of them run 0, 1, … E experts.
-    """
-
-    def __init__(self, ffns: Iterable[SparseFFN]) -> None:
-        self._index = {ffn: i for i, ffn in enumerate(ffns)}
-        self.tokens = [0] * len(self._index)
-        self.active = [torch.zeros(ffn.num_experts, dtype=torch.int64) for ffn in self._index]
-        self.histogram = [torch.zeros(ffn.num_experts + 1, dtype=torch.int64) for ffn in self._index]
-
-    def observe(self, ffn: SparseFFN, x: torch.Tensor) -> None:
-        """x: [T, H], without padding."""
-        i = self._index[ffn]
-        mask, counts = ffn.select(x)
-        self.tokens[i] += len(x)
-        self.active[i] += mask.sum(0).cpu()
-        self.histogram[i] += torch.bincount(counts.cpu(), minlength=ffn.num_experts + 1)
+        It is the share of bytes too, since all have one dtype. Biases are left out.
+        """
+        dense = [ffn.hidden_size * ffn.intermediate_size * (2 if ffn.layout.gate is None else 3) for ffn in self._ffns]
+        routers = sum(parameter.numel() for ffn in self._ffns for parameter in ffn.router.parameters())
+        return (sum(d * f for d, f in zip(dense, self.per_layer, strict=True)) + routers) / sum(dense)
 
 
 @contextlib.contextmanager
@@ -108,6 +94,31 @@ def observing_inputs(hooks: Mapping[SparseFFN, Callable[[SparseFFN, torch.Tensor
         for ffn in hooks:
             handles.enter_context(ffn.register_input_hook(without_padding))
         yield
+
+
+HiddenHook = Callable[[SparseFFN, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@contextlib.contextmanager
+def replacing_hidden(hooks: Mapping[SparseFFN, HiddenHook]) -> Iterator[None]:
+    """Inside the `with` block, each FFN computes all neurons without routing and projects what its hook returns.
+
+    A hook gets (ffn, x [T, H], activations h [T, D]), padding included, and returns activations [T, D]. Calls that
+    keep to `SparseFFN.forward` alone, without gradients, are served.
+    """
+
+    def execute(ffn: SparseFFN, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        counts = torch.full((len(x),), ffn.num_experts, dtype=torch.int32, device=x.device)
+        return ffn.project(hooks[ffn](ffn, x, ffn.hidden(x))), counts
+
+    before = {ffn: ffn.executor for ffn in hooks}
+    for ffn in hooks:
+        ffn.executor = execute
+    try:
+        yield
+    finally:
+        for ffn, executor in before.items():
+            ffn.executor = executor
 
 
 def valid_tokens(ffn: SparseFFN, num_tokens: int) -> torch.Tensor | None:

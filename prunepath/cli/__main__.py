@@ -1,0 +1,3 @@
+from prunepath.cli import main
+
+main()
