@@ -52,8 +52,8 @@ def measure(
         sequence_length, max_tokens, batch_size, progress: as for `prunepath.eval.perplexity.evaluate`.
 
     Returns:
-        A JSON-ready dict: `model`; `architecture`, `layers`; `num_experts` and `intermediate_sizes`, one a layer; `rows`,
-        one a budget from dense to sparse; and `passage`. A row has `budget`, `thresholds` (one a layer),
+        A JSON-ready dict: `model`; `architecture`, `layers`; `num_experts` and `intermediate_sizes`, one a layer;
+        `rows`, one a budget from dense to sparse; and `passage`. A row has `budget`, `thresholds` (one a layer),
         `active_fraction`, `read_fraction`, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, `per_layer` (active
         fraction), `histogram` (the share of pairs of a token and a layer that run up to 1/n, 2/n, … of the experts) and
         `usage` (for each layer the share of tokens that run an expert, from the most to the least used; where there
@@ -282,11 +282,8 @@ def _scale(low: float, high: float) -> dict:
 
 def _bars(histogram: Sequence[float]) -> dict:
     """The `bars` of a histogram, each with its `label` and `share`, and the `peak` share."""
-    bars = []
-    for i, share in enumerate(histogram):
-        bars.append(
-            {"label": f"{_percent(i / len(histogram))} to {_percent((i + 1) / len(histogram))}", "share": share}
-        )
+    edges = [_percent(i / len(histogram)) for i in range(len(histogram) + 1)]
+    bars = [{"label": f"{edges[i]} to {edges[i + 1]}", "share": share} for i, share in enumerate(histogram)]
     return {"bars": bars, "peak": max(histogram)}
 
 

@@ -9,8 +9,8 @@ import torch
 
 import prunepath
 from prunepath.errors import PrunePathError
-from prunepath.eval.decode import decode_speed
-from prunepath.eval.perplexity import evaluate
+from prunepath.eval.decode import DecodeSpeed, decode_speed
+from prunepath.eval.perplexity import Evaluation, evaluate
 
 
 def tradeoff(
@@ -47,9 +47,8 @@ def tradeoff(
 
     Returns:
         One JSON-ready dict a point: `budget` (None for thresholds), `threshold` (mean over layers),
-        `thresholds` (one a layer), `active_fraction`, `perplexity`, `bits_per_byte` (None without a
-        tokenizer), `tokens`, `bytes`, `tokens_per_second` and `dense_tokens_per_second` (None without
-        `dense`).
+        `thresholds` (one a layer), `active_fraction`, `read_fraction`, `perplexity`, `bits_per_byte` (None without a
+        tokenizer), `tokens`, `bytes`, `tokens_per_second` and `dense_tokens_per_second` (None without `dense`).
 
     Raises:
         PrunePathError: a budget or threshold outside (0, 1], nothing to evaluate on, or a sparse model that
@@ -79,22 +78,30 @@ def tradeoff(
             speed = None
             if dense is not None:
                 speed = decode_speed(dense, model, prompt, new_tokens=new_tokens, repeats=repeats)
-            rows.append(
-                {
-                    "budget": value if thresholds is None else None,
-                    "threshold": statistics.fmean(now),
-                    "thresholds": now,
-                    "active_fraction": result.active_fraction,
-                    "perplexity": result.perplexity,
-                    "bits_per_byte": result.bits_per_byte,
-                    "tokens": result.tokens,
-                    "bytes": result.bytes,
-                    "tokens_per_second": speed and speed.tokens_per_second,
-                    "dense_tokens_per_second": speed and speed.dense_tokens_per_second,
-                }
-            )
+            rows.append(_row(result, value if thresholds is None else None, now, speed))
             if on_row is not None:
                 on_row(rows[-1])
     finally:
         prunepath.set_threshold(model, before)
     return rows
+
+
+def dense_row(model, tokenizer, texts: Iterable[str] | Iterable[torch.Tensor], **options) -> dict:
+    """A dense model's row, as `tradeoff` gives them; `options` are those of `evaluate`."""
+    return _row(evaluate(model, tokenizer, texts, **options), None, [], None)
+
+
+def _row(result: Evaluation, budget: float | None, thresholds: list[float], speed: DecodeSpeed | None) -> dict:
+    return {
+        "budget": budget,
+        "threshold": statistics.fmean(thresholds) if thresholds else None,
+        "thresholds": thresholds,
+        "active_fraction": result.active_fraction,
+        "read_fraction": result.read_fraction,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+        "tokens_per_second": speed and speed.tokens_per_second,
+        "dense_tokens_per_second": speed and speed.dense_tokens_per_second,
+    }
