@@ -18,16 +18,13 @@ LAYERS = [
     ("prunepath.triton_kernels",),
     ("prunepath.ops",),
     ("prunepath.nn",),
-    ("prunepath.convert", "prunepath.train"),
-    ("prunepath.modeling",),
-    (
-        "prunepath.integrations",
-        "prunepath.train.finetune",
-        "prunepath.checkpoint.packing",
-        "prunepath.memory.offload",
-        "prunepath.shrinking",
-        "prunepath.conversion.streaming",
-    ),
+    ("prunepath.families",),
+    ("prunepath.checkpoint.description",),
+    ("prunepath.budgets",),
+    ("prunepath.checkpoint",),
+    ("prunepath.calibration", "prunepath.train"),
+    ("prunepath.conversion",),
+    ("prunepath.memory", "prunepath.integrations", "prunepath.train.finetune"),
     ("prunepath",),
     ("prunepath.eval",),
     ("prunepath.demo",),
@@ -114,8 +111,8 @@ def violations(name: str, source: str, is_package: bool) -> list[str]:
             found.append(f"{name} imports {package}")
         if package == "matplotlib" and name.split(".")[-1] != "plots":
             found.append(f"{name} imports matplotlib, which is for plots alone")
-        if package == "transformers" and within(name, "prunepath.nn"):
-            found.append(f"{name} imports transformers, which is not for layers below convert")
+        if package in ("transformers", "safetensors") and within(name, "prunepath.nn"):
+            found.append(f"{name} imports {package}, which is not for layers below families")
     if name == "prunepath.ops.reference":
         found += [f"{name} imports {other}" for other in imported if within(other, "prunepath")]
     return found
@@ -130,9 +127,13 @@ def test_imports_keep_to_the_layers(name):
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("prunepath.nn.router", "import prunepath.modeling"),
-        ("prunepath.nn.router", "from prunepath import modeling"),
-        ("prunepath.nn.router", "from ..modeling import convert"),
+        ("prunepath.nn.router", "import prunepath.budgets"),
+        ("prunepath.nn.router", "from prunepath import budgets"),
+        ("prunepath.nn.router", "from ..conversion.convert import convert"),
+        ("prunepath.nn.router", "import safetensors"),
+        ("prunepath.budgets", "from prunepath.checkpoint import loading"),
+        ("prunepath.checkpoint.loading", "from prunepath.train import router"),
+        ("prunepath.train.router", "from prunepath.train import finetune"),
         ("prunepath.nn.router", "from prunepath import set_budget"),
         ("prunepath.nn.router", "def lazy():\n    import transformers"),
         ("prunepath.errors", "import prunepath.ops"),
@@ -147,7 +148,11 @@ def test_a_forbidden_import_is_seen(name, source):
     assert violations(name, source, is_package=False) != []
 
 
-def test_importing_prunepath_draws_in_no_plots_and_no_data_sets(tmp_path):
-    code = "import sys, prunepath; print(sorted({'matplotlib', 'datasets'} & set(sys.modules)))"
+HEAVY = ("torch", "transformers", "numpy", "matplotlib", "datasets", "rich")
+
+
+@pytest.mark.parametrize("code", ["import prunepath", "from prunepath.cli.app import app"])
+def test_what_every_command_imports_is_light(code, tmp_path):
+    code = f"import sys; {code}; print(sorted({set(HEAVY)} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.stdout == "[]\n", result.stderr
