@@ -38,15 +38,30 @@ def sample_batches(
         seed: of the sample and the masking.
 
     Raises:
-        PrunePathError: for too little data, or batches without token ids.
+        PrunePathError: for too little data, batches without token ids, or ids that the model does not know.
     """
     first, texts = _peek(texts)
     if isinstance(first, dict):
-        return [_complete(model, batch) for batch in _sample_ready(texts, num_tokens, seed)]
+        return _checked(model, [_complete(model, batch) for batch in _sample_ready(texts, num_tokens, seed)])
     windows = sample_windows(texts, tokenizer, sequence_length, num_tokens, seed)
     rows = max(1, min(_FORWARD_TOKENS // windows.shape[1], len(windows) // 8))  # several batches of little data too
     generator = torch.Generator().manual_seed(seed)
-    return [_complete(model, _from_windows(model, tokenizer, part, generator)) for part in windows.split(rows)]
+    parts = windows.split(rows)
+    return _checked(model, [_complete(model, _from_windows(model, tokenizer, part, generator)) for part in parts])
+
+
+def _checked(model: nn.Module, batches: list[Batch]) -> list[Batch]:
+    """The batches, whose token ids the model's embedding table has."""
+    rows = len(model.get_input_embeddings().weight)
+    for name in ("input_ids", "decoder_input_ids"):
+        ids = [batch[name] for batch in batches if name in batch]
+        lowest, highest = (min(t.min() for t in ids), max(t.max() for t in ids)) if ids else (0, 0)
+        if lowest < 0 or highest >= rows:
+            raise PrunePathError(
+                f"Expected token ids from 0 to {rows - 1}, the rows of the model's embedding table, got {name} from "
+                f"{int(lowest)} to {int(highest)}: is the tokenizer another model's?"
+            )
+    return batches
 
 
 def count_tokens(batch: Batch) -> int:

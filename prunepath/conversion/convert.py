@@ -7,6 +7,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,8 +16,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from prunepath.calibration.fit import Sample, fit_budgets, num_passes
-from prunepath.checkpoint.description import SparseDescription, description_of, install
+from prunepath.budgets import get_thresholds, set_threshold
+from prunepath.calibration.fit import Sample, fit_budgets
+from prunepath.checkpoint.description import (
+    SparseDescription,
+    describe,
+    description_of,
+    install,
+    path_in_backbone,
+    unwrapped,
+)
 from prunepath.config import PrunePathConfig
 from prunepath.conversion.batches import (
     Batch,
@@ -27,15 +37,23 @@ from prunepath.conversion.batches import (
     sample_batches,
     split_held_out,
 )
-from prunepath.conversion.experts import ExpertGrouping, InputStatistics, reorder_neurons
+from prunepath.conversion.checks import check_convertible
+from prunepath.conversion.experts import ExpertGrouping, reorder_neurons
 from prunepath.errors import PrunePathError
-from prunepath.families import find_ffns
-from prunepath.nn import SparseFFN, is_sparse, sparse_ffns
-from prunepath.nn.observers import observing_inputs, padding_masks
+from prunepath.families import FFNSite
+from prunepath.nn import SparseFFN, for_inference, sparse_ffns
+from prunepath.nn.observers import padding_masks, replacing_hidden, valid_tokens
 from prunepath.train.router import RouterTraining
 from prunepath.train.router_state import RouterState
 
+FIT_SHARE = 0.25
+"""The share of the calibration tokens that thresholds are fitted on; on the others, losses are compared."""
+_ROUTER_COST = 1.5
+"""What a token costs in router training, and its neurons in grouping, against one of calibration."""
+_GROUPING_COST = 1.0
 
+
+@torch.inference_mode(False)
 def convert(
     model: nn.Module,
     tokenizer: Any | None,
@@ -47,125 +65,100 @@ def convert(
 ) -> nn.Module:
     """Makes a dense transformers model sparse, in place: experts, routers, thresholds.
 
-    The backbone's weights keep their values; neurons are reordered. The model is dense (budget 1.0) until `set_budget`
-    or `set_threshold`. In memory at a time: the model, and the activations of one layer.
+    The backbone's weights keep their values; with experts of several neurons, neurons are reordered. The model is dense
+    (budget 1.0) until `set_budget` or `set_threshold`. In memory at a time: the model, its routers, and the activations
+    of one layer. Whatever fails or is interrupted leaves the model as it was.
 
     Args:
-        model: a `PreTrainedModel` of a supported family, on the device to work on.
+        model: a `PreTrainedModel` of a supported family, on the device to work on, or a peft model around one whose
+            adapters leave the FFNs alone.
         tokenizer: its tokenizer; None if `texts` are token ids.
         texts: calibration data: an iterable of strings; or with `tokenizer` None of integer tensors of token ids, or of
             batches as a data collator makes them, dicts of tensors with `input_ids` and, for a loss, `labels`.
         config: see `PrunePathConfig`.
-        progress: show progress bars.
-        state: a file that router training is kept in twice a minute, and which is removed at the end. If it is there,
-            an interrupted conversion with the same dense model, data and configuration goes on from it.
+        progress: show a progress bar.
+        state: a file that router training is kept in twice a minute. If it is there, an interrupted conversion with the
+            same dense model, data and configuration goes on from it. It stays: remove it once the model is saved.
 
     Returns:
         `model`.
 
     Raises:
-        PrunePathError: for a model without supported FFNs, `num_experts` that does not divide their width, data that
-            is too short, or the state of another conversion; the model is then unchanged.
+        PrunePathError: for a model that cannot be converted (`checks.check_convertible`), data that is too short or
+            does not fit the model, or the state of another conversion.
     """
     config = config or PrunePathConfig()
-    if is_sparse(model):
-        raise PrunePathError("Expected a dense model, got one that prunepath has converted already.")
-    sites = find_ffns(model)
-    for site in sites:
-        check_num_experts(site.intermediate_size, config.num_experts)
-    device = next(model.parameters()).device
-    ops.resolve_backend(config.backend, device)
-    wanted = config.calibration_tokens + max(config.router_tokens, config.partition_tokens)
-    batches = sample_batches(model, texts, tokenizer, config.sequence_length, wanted, config.seed)
-    if config.contribution == "loss" and "labels" not in batches[0]:
-        raise PrunePathError(
-            f"Expected a model and data with a loss for contribution='loss', got {type(model).__name__}."
-        )
-    share = config.calibration_tokens / wanted
-    calibration, training = split_held_out(batches, round(sum(map(count_tokens, batches)) * share))
-
-    kept = None if state is None else RouterState(state, _fingerprint(model, batches, config))
+    dense = backbone_owner(model)
+    sites = check_convertible(dense, config)
+    config = config_in_force(config, sites)
+    data = ConversionData.sample(dense, texts, tokenizer, config, [site.intermediate_size for site in sites])
+    device = next(dense.parameters()).device
+    kept = None if state is None else RouterState(state, _fingerprint(dense, sites, data, config))
     resumed = None if kept is None else kept.load(device)
-    centered = config.center is not False if resumed is None else resumed["centered"]
-    description = SparseDescription(config, centered, [s.path for s in sites], [1.0] * len(sites), {}, {})
-    was_training = model.training
-    model.eval()
-    ffns = install(model, description)
-    backbone = model.base_model
-    with converting(model, config), _bars(progress) as bar:
-        advance = bar("Grouping neurons", 100 * len(ffns))
-        if resumed is None:
-            grouping = ExpertGrouping(config, advance)
-            with observing_inputs({ffn: grouping.observe for ffn in ffns.values()}):
-                backbone(**backbone_inputs(merge(list(first_tokens(training, config.partition_tokens)))))
-            if config.center is None and not grouping.centering_helps:
-                description.centered = False
-                for ffn in ffns.values():
-                    ffn.center = None
-        else:
-            grouping = _regroup(config, ffns, resumed["ffns"])
-            advance(100 * len(ffns))
 
-        if config.contribution == "loss":
-            _measure_loss_metric(model, list(ffns.values()), first_tokens(training, config.partition_tokens))
-        trainings = {ffn: RouterTraining(ffn, stats.mean, stats.std, config) for ffn, stats in grouping.inputs.items()}
-        batches = list(first_tokens(training, config.router_tokens))
-        advance = bar("Training routers", len(batches))
-        done = 0
-        if resumed is not None:
-            advance(done := resumed["batches"])
-            for path, ffn in ffns.items():
-                trainings[ffn].load_state_dict(resumed["ffns"][path]["router"])
-        with observing_inputs({ffn: t.observe for ffn, t in trainings.items()}):
-            for i in range(done, len(batches)):
-                for router in trainings.values():
-                    router.schedule(i / len(batches))
-                backbone(**backbone_inputs(batches[i]))
-                advance()
-                if kept is not None and kept.is_due():
-                    saved = {path: _router_state(ffn, grouping, trainings[ffn]) for path, ffn in ffns.items()}
-                    kept.save({"batches": i + 1, "centered": description.centered, "ffns": saved})
-        for router in trainings.values():
-            router.finish()
-        fit_table(model, description, calibration, bar("Calibrating budgets", num_passes()))
-    model.train(was_training)
-    for ffn in ffns.values():
-        ffn.pack()
-    if kept is not None:
-        kept.remove()
+    with _Conversion(dense) as conversion:
+        with converting(dense, config):
+            calibration = calibration_sample(dense, data.calibration)
+            total = calibration.total_tokens + _ROUTER_COST * data.router_tokens + _GROUPING_COST * data.grouping_tokens
+            with tqdm(total=round(total), unit=" tokens", disable=not progress, desc="Converting") as bar:
+                ffns = install(dense, config)
+                _learn_routers(dense, ffns, data, config, conversion, kept, resumed, bar)
+                result = fit_budgets(list(ffns.values()), calibration, bar.update)
+            paths = [path_in_backbone(dense, path) for path in ffns]
+            describe(dense, SparseDescription(config, paths, [1.0] * len(ffns), result.table, result.to_dict()))
+            set_threshold(dense, 1.0)
+            for_inference(dense)
+        conversion.commit()
     return model
 
 
-def _fingerprint(model: nn.Module, batches: Sequence[Batch], config: PrunePathConfig) -> str:
-    """A hash of what a conversion's outcome depends on; of each FFN one row of weights stands for all."""
-    digest = hashlib.sha256(json.dumps([type(model).__name__, dataclasses.asdict(config)]).encode())
-    rows = [next(site.parent._modules[site.name].parameters()).detach().flatten()[:4096] for site in find_ffns(model)]
-    for tensor in (*rows, *(batch["input_ids"] for batch in batches)):
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _router_state(ffn: SparseFFN, grouping: ExpertGrouping, training: RouterTraining) -> dict[str, Any]:
-    statistics = grouping.inputs[ffn]
-    state = {"order": grouping.orders[ffn], "mean": statistics.mean, "std": statistics.std}
-    return {**state, "center": ffn.center, "router": training.state_dict()}
-
-
-def _regroup(config: PrunePathConfig, ffns: dict[str, SparseFFN], states: dict[str, dict[str, Any]]) -> ExpertGrouping:
-    """Groups the neurons as an interrupted conversion has."""
-    grouping = ExpertGrouping(config)
+def _learn_routers(
+    model: nn.Module,
+    ffns: dict[str, SparseFFN],
+    data: ConversionData,
+    config: PrunePathConfig,
+    conversion: _Conversion,
+    kept: RouterState | None,
+    resumed: dict[str, Any] | None,
+    bar: tqdm,
+) -> None:
+    """Groups neurons where experts have several, and trains the routers, in one pass of the dense model each."""
+    rate, seed = config.router_learning_rate, config.seed
+    trainings = {ffn: RouterTraining(ffn, rate, seed + i) for i, ffn in enumerate(ffns.values())}
+    done = 0
+    if resumed is not None:
+        done = resumed["batches"]
+        bar.update(_GROUPING_COST * data.grouping_tokens)
+        for path, ffn in ffns.items():
+            trainings[ffn].load_state_dict(resumed["ffns"][path]["router"])
+            if resumed["ffns"][path]["order"] is not None:
+                conversion.reorder(ffn, resumed["ffns"][path]["order"])
+    elif data.grouping:
+        grouped = [ffn for ffn in ffns.values() if ffn.expert_width > 1]
+        share = _GROUPING_COST * data.grouping_tokens / len(grouped)
+        grouping = ExpertGrouping(config, conversion.reorder, lambda part: bar.update(part * share))
+        with replacing_hidden(dict.fromkeys(grouped, grouping)):
+            model.base_model(**backbone_inputs(merge(data.grouping)))
+    for index, batch in enumerate(data.training):
+        if index >= done:
+            inputs = backbone_inputs(batch)
+            train_routers(trainings, index / len(data.training), lambda inputs=inputs: model.base_model(**inputs))
+            if kept is not None and (kept.is_due() or index + 1 == len(data.training)):
+                orders = conversion.orders
+                found = {p: {"order": orders.get(f), "router": trainings[f].state_dict()} for p, f in ffns.items()}
+                kept.save({"batches": index + 1, "ffns": found})
+        bar.update(_ROUTER_COST * count_tokens(batch))
     for path, ffn in ffns.items():
-        state = states[path]
-        reorder_neurons(ffn, state["order"])
-        if ffn.center is not None:
-            ffn.center.copy_(state["center"])
-        grouping.orders[ffn] = state["order"]
-        grouping.inputs[ffn] = InputStatistics(state["mean"], state["std"])
-    return grouping
+        if not trainings[ffn].is_begun:
+            raise PrunePathError(f"Expected data that reaches every FFN, but the one at {path} saw none of it.")
+        trainings[ffn].finish()
 
 
+@torch.inference_mode(False)
 def calibrate(model: nn.Module, tokenizer: Any | None, texts: Iterable, *, progress: bool = False) -> None:
     """Turns budgets into thresholds anew, after a sparse model's weights have changed. Afterwards it is dense.
+
+    If it fails or is interrupted, the model keeps its thresholds.
 
     Args:
         model: a sparse model, on the device to work on.
@@ -176,91 +169,188 @@ def calibrate(model: nn.Module, tokenizer: Any | None, texts: Iterable, *, progr
         PrunePathError: for a dense model, or data that is too short.
     """
     description = description_of(model)
-    config = description.config
-    batches = sample_batches(model, texts, tokenizer, config.sequence_length, config.calibration_tokens, config.seed)
-    was_training = model.training
-    model.eval()
-    with converting(model, config), _bars(progress) as bar:
-        if config.contribution == "loss":
-            set_threshold(model, 1.0)
-            _measure_loss_metric(model, list(sparse_ffns(model).values()), batches)
-        fit_table(model, description, batches, bar("Calibrating budgets", num_passes()))
-    model.train(was_training)
+    config, sparse = description.config, backbone_owner(model)
+    batches = sample_batches(sparse, texts, tokenizer, config.sequence_length, config.calibration_tokens, config.seed)
+    sample = calibration_sample(sparse, batches)
+    before = get_thresholds(model)
+    try:
+        bar = tqdm(total=sample.total_tokens, unit=" tokens", disable=not progress, desc="Calibrating")
+        with converting(sparse, config), bar:
+            result = fit_budgets(list(sparse_ffns(sparse).values()), sample, bar.update)
+        description.budgets, description.calibration = result.table, result.to_dict()
+        before = [1.0] * len(before)
+        describe(model, description)
+    finally:
+        set_threshold(model, before)
 
 
-def fit_table(
-    model: nn.Module, description: SparseDescription, batches: Sequence[Batch], progress: Callable[[], None]
-) -> None:
-    """Fills the table of budgets from calibration batches, and leaves the model dense."""
-    half = sum(map(count_tokens, batches)) // 2
-    fit, choose = split_held_out(batches, half) if len(batches) > 1 else (batches, batches)
-    samples = [calibration_sample(model, part) for part in (fit, choose, batches)]
-    result = fit_budgets(list(sparse_ffns(model).values()), *samples, progress)
-    description.budgets = result.table
-    description.calibration = {
-        "shapes": {f"{budget:g}": shape for budget, shape in result.shapes.items()},
-        "losses": result.losses,
-        "routers": [dataclasses.asdict(quality) for quality in result.routers],
-    }
-    model.config.quantization_config = description.to_dict()
-    set_threshold(model, 1.0)
+def backbone_owner(model: nn.Module) -> nn.Module:
+    """The transformers model inside torch's wrappers and peft's."""
+    model = unwrapped(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def config_in_force(config: PrunePathConfig, sites: Sequence[FFNSite]) -> PrunePathConfig:
+    """The configuration with the expert width and the router rank that it leaves to defaults."""
+    ranks = {config.rank_of(site.hidden_size) for site in sites}
+    rank = ranks.pop() if len(ranks) == 1 else config.router_rank
+    width = config.expert_width if config.num_experts is not None else config.expert_width or 1
+    return dataclasses.replace(config, expert_width=width, router_rank=rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionData:
+    """The batches of a conversion: what routers train on, what neurons are grouped by, what calibrates."""
+
+    training: list[Batch]
+    grouping: list[Batch]
+    calibration: list[Batch]
+
+    @classmethod
+    def sample(
+        cls,
+        model: nn.Module,
+        texts: Iterable,
+        tokenizer: Any | None,
+        config: PrunePathConfig,
+        intermediate_sizes: Iterable[int],
+    ) -> ConversionData:
+        is_grouped = any(config.experts_of(size) < size for size in intermediate_sizes)
+        learned = max(config.router_tokens, config.partition_tokens if is_grouped else 0)
+        wanted = config.calibration_tokens + learned
+        batches = sample_batches(model, texts, tokenizer, config.sequence_length, wanted, config.seed)
+        share = config.calibration_tokens / wanted
+        calibration, rest = split_held_out(batches, round(sum(map(count_tokens, batches)) * share))
+        grouping = list(first_tokens(rest, config.partition_tokens)) if is_grouped else []
+        return cls(list(first_tokens(rest, config.router_tokens)), grouping, calibration)
+
+    @property
+    def router_tokens(self) -> int:
+        return sum(map(count_tokens, self.training))
+
+    @property
+    def grouping_tokens(self) -> int:
+        return sum(map(count_tokens, self.grouping))
+
+
+def train_routers(trainings: dict[SparseFFN, RouterTraining], progress: float, run: Callable[[], object]) -> None:
+    """Trains routers on what `run` sends densely through their FFNs, at the share `progress` of all training."""
+
+    def observe(ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        valid = valid_tokens(ffn, len(x))
+        trainings[ffn].observe(*((x, hidden) if valid is None else (x[valid], hidden[valid])))
+        return hidden
+
+    for training in trainings.values():
+        training.schedule(progress)
+    with replacing_hidden(dict.fromkeys(trainings, observe)):
+        run()
 
 
 def calibration_sample(model: nn.Module, batches: Sequence[Batch]) -> Sample:
-    """Batches as calibration takes them."""
-    inputs = backbone_inputs(merge(batches))
-    return Sample(lambda: model.base_model(**inputs), lambda: mean_loss(model, batches))
+    """Batches as calibration takes them: some to fit thresholds on, others to compare losses on."""
+    tokens = sum(map(count_tokens, batches))
+    fit, other = split_held_out(batches, round(FIT_SHARE * tokens)) if len(batches) > 1 else (batches, batches)
+    inputs = backbone_inputs(merge(fit))
+    return Sample(
+        encode=lambda: model.base_model(**inputs),
+        loss=lambda: mean_loss(model, other),
+        tokens=(sum(map(count_tokens, fit)), sum(map(count_tokens, other))),
+    )
 
 
-def _measure_loss_metric(model: nn.Module, ffns: list[SparseFFN], batches: Iterable[Batch]) -> None:
-    """Measures the metric of `contribution="loss"` on batches, with the model dense."""
+def _fingerprint(model: nn.Module, sites: Sequence[FFNSite], data: ConversionData, config: PrunePathConfig) -> str:
+    """A hash of what a conversion's outcome depends on; of each FFN the first weights stand for all."""
+    digest = hashlib.sha256(json.dumps([type(model).__name__, dataclasses.asdict(config)]).encode())
+    rows = [next(site.parent._modules[site.name].parameters()).detach().flatten()[:4096] for site in sites]
+    batches = (*data.training, *data.grouping, *data.calibration)
+    for tensor in (*rows, *(batch["input_ids"] for batch in batches)):
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
-    def run(batch: Batch) -> tuple[torch.Tensor | None, int]:
-        loss = getattr(model(**batch), "loss", None) if "labels" in batch else None
-        return loss, count_tokens(batch)
 
-    measure_loss_metric(ffns, (functools.partial(run, batch) for batch in batches))
+class _Conversion(contextlib.ExitStack):
+    """A `with` block that leaves the model as it found it, unless `commit` was called.
+
+    Attributes:
+        orders: FFN -> which neuron each has become, of FFNs that were reordered.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.orders: dict[SparseFFN, torch.Tensor] = {}
+        self._model = model
+        self._modules = [(m, type(m), dict(vars(m)), dict(m._modules)) for m in model.modules()]
+        self._config = dict(vars(model.config))
+        self.callback(self._undo)
+
+    def reorder(self, ffn: SparseFFN, order: torch.Tensor) -> None:
+        with _uninterrupted():
+            reorder_neurons(ffn, order)
+            self.orders[ffn] = order
+
+    def commit(self) -> None:
+        self._modules = []
+
+    def _undo(self) -> None:
+        if not self._modules:
+            return
+        with _uninterrupted():
+            for ffn, order in self.orders.items():
+                reorder_neurons(ffn, order.argsort())
+            for ffn in sparse_ffns(self._model).values():
+                ffn.lay_out_for_training()
+            for module, kind, attributes, children in self._modules:
+                module.__class__ = kind
+                vars(module).clear()
+                vars(module).update(attributes)
+                module._modules.clear()
+                module._modules.update(children)
+            vars(self._model.config).clear()
+            vars(self._model.config).update(self._config)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds an interrupt by the keyboard back until the block, which is short, has ended."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held = []
+    signal.signal(signal.SIGINT, lambda *arguments: held.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextlib.contextmanager
 def converting(model: nn.Module, config: PrunePathConfig) -> Iterator[None]:
-    """Forward passes without gradients, caches and padding, in the configured precision."""
+    """Forward passes in evaluation mode without gradients, caches and padding, in the configured precision."""
     device = next(model.parameters()).device.type
     precision = contextlib.nullcontext()
     if config.autocast != "none":
         precision = torch.autocast(device, getattr(torch, config.autocast))
-    with torch.no_grad(), precision, _without_cache(model), _padding_masks(model):
+    with torch.no_grad(), precision, _evaluating(model), padding_masks(model), padding_masks(model.base_model):
         yield
 
 
 @contextlib.contextmanager
-def _padding_masks(model: nn.Module) -> Iterator[None]:
-    """Tells the FFNs of padding in calls of the model and in calls of its backbone."""
-    with padding_masks(model), padding_masks(model.base_model):
-        yield
-
-
-@contextlib.contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Keeps forward passes from gathering keys and values that nothing will read."""
-    before = getattr(model.config, "use_cache", None)
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Keeps forward passes from dropout, and from gathering keys and values that nothing will read."""
+    was_training = {module: module.training for module in model.modules()}
+    before = dict(vars(model.config))
+    model.eval()
     model.config.use_cache = False
     try:
         yield
     finally:
-        if before is None:
-            del model.config.use_cache
+        for module in model.modules():
+            module.training = was_training.get(module, model.training)
+        if "use_cache" in before:
+            model.config.use_cache = before["use_cache"]
         else:
-            model.config.use_cache = before
-
-
-@contextlib.contextmanager
-def _bars(enabled: bool) -> Iterator[Any]:
-    """Yields a function (description, total) -> advance; the bars close with the block."""
-    with contextlib.ExitStack() as stack:
-
-        def bar(description: str, total: int):
-            line = stack.enter_context(tqdm(total=total, desc=description, disable=not enabled))
-            return lambda steps=1: line.update(steps)
-
-        yield bar
+            del model.config.use_cache

@@ -6,34 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from prunepath.config import PARTITIONS
+from prunepath.config import PARTITIONS, nearest_divisors
 from prunepath.errors import NativeLibraryError, PrunePathError
 
 Progress = Callable[[int, int], None]
-
-
-def valid_num_experts(intermediate_size: int, num_experts: int) -> tuple[int, int]:
-    """The divisors of `intermediate_size` nearest to `num_experts`: the largest not above and the smallest not below.
-
-    The two are equal if `num_experts` is itself valid, and where nothing lies on one side of it (below 1, above D).
-    """
-    num_experts = min(max(num_experts, 1), intermediate_size)
-    below, above = num_experts, num_experts
-    while intermediate_size % below:
-        below -= 1
-    while intermediate_size % above:
-        above += 1
-    return below, above
-
-
-def check_num_experts(intermediate_size: int, num_experts: int) -> None:
-    """Raises PrunePathError, naming the nearest valid choices, unless E divides D."""
-    if num_experts < 1 or intermediate_size % num_experts:
-        nearest = " and ".join(str(n) for n in sorted(set(valid_num_experts(intermediate_size, num_experts))))
-        raise PrunePathError(
-            f"Expected num_experts to divide intermediate_size {intermediate_size}, got {num_experts}; "
-            f"nearest valid: {nearest}."
-        )
 
 
 def partition_neurons(
@@ -73,7 +49,12 @@ def partition_neurons(
     """
     if method not in PARTITIONS:
         raise PrunePathError(f"Expected partition to be one of {', '.join(PARTITIONS)}, got {method!r}.")
-    check_num_experts(intermediate_size, num_experts)
+    if num_experts < 1 or intermediate_size % num_experts:
+        nearest = " and ".join(str(n) for n in sorted(set(nearest_divisors(intermediate_size, num_experts))))
+        raise PrunePathError(
+            f"Expected num_experts to divide intermediate_size {intermediate_size}, got {num_experts}; "
+            f"nearest valid: {nearest}."
+        )
     if method == "contiguous":
         return torch.arange(intermediate_size)
     if method == "random":

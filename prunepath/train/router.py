@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from prunepath.config import PrunePathConfig
 from prunepath.nn import SparseFFN
 from prunepath.nn.experts import expert_contributions, router_target
 
@@ -18,11 +17,10 @@ _MINIBATCH = 256
 _WARM_UP = 0.05
 
 
-def contributions(ffn: SparseFFN, x: torch.Tensor) -> torch.Tensor:
-    """What each expert adds to the output for x [T, H], as the routers learn it: c, float32 [T, E]."""
-    hidden = ffn.hidden(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return expert_contributions(hidden, ffn.contribution_weight(), ffn.num_experts, ffn.center)
+def contributions(ffn: SparseFFN, hidden: torch.Tensor) -> torch.Tensor:
+    """What each expert adds to the output at the activations `hidden` [T, D], as routers learn it: float32 [T, E]."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return expert_contributions(hidden, ffn.tables()[-1], ffn.num_experts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,72 +51,91 @@ class RouterTraining:
     """Trains one FFN's router on the tokens that stream through the dense model, each seen once.
 
     Loss: KL(c/Σc ‖ softmax(z)), with c the experts' contributions (`expert_contributions`). The input is standardised
-    while training, so that one learning rate suits every model, and the scaling is folded into the weights at the end.
+    by the first call's mean and deviation, so that one learning rate suits every model, and the scaling is folded into
+    the weights at the end.
 
     Args:
-        ffn: whose router is trained.
-        mean, std: of the input features, float32 [H].
-        config: the learning rate.
+        ffn: whose router is trained, of the rank that it has.
+        learning_rate: peak learning rate of AdamW.
+        seed: of the initial W_in.
     """
 
-    def __init__(self, ffn: SparseFFN, mean: torch.Tensor, std: torch.Tensor, config: PrunePathConfig) -> None:
+    def __init__(self, ffn: SparseFFN, learning_rate: float, seed: int = 0) -> None:
+        router = ffn.router
+        device, rank, hidden_size = router.w_out.device, router.rank, ffn.hidden_size
         self.ffn = ffn
-        self.mean, self.std = mean, std
-        self.weight = torch.zeros(ffn.num_experts, ffn.hidden_size, device=mean.device, requires_grad=True)
-        self.bias = torch.zeros(ffn.num_experts, device=mean.device, requires_grad=True)
-        # A step of Adam moves every weight by about the learning rate, and so a logit by H times that at worst.
-        self.peak = config.router_learning_rate / math.sqrt(ffn.hidden_size)
-        self.optimizer = torch.optim.AdamW(
-            [self.weight, self.bias], lr=self.peak, weight_decay=0.0, fused=mean.is_cuda or None
-        )
-        self._kl: torch.Tensor | None = None
-        self._progress = 0.0
-
-    @property
-    def kl(self) -> float:
-        """A moving average of the loss, in nats; NaN before the first step."""
-        return math.nan if self._kl is None else self._kl.item()
+        self.mean = self.std = None
+        self.w_in = None
+        # A step of Adam moves every weight by about the learning rate, and so a result by the fan-in times that.
+        groups = [{"params": [], "peak": learning_rate / math.sqrt(hidden_size)}]
+        if rank:
+            generator = torch.Generator().manual_seed(seed)
+            w_in = torch.randn(rank, hidden_size, generator=generator, dtype=torch.float32) / math.sqrt(hidden_size)
+            self.w_in = w_in.to(device)
+            groups[0]["params"] = [self.w_in]
+        self.w_out = torch.zeros(router.w_out.shape, dtype=torch.float32, device=device)
+        self.bias = torch.zeros(router.bias.shape, dtype=torch.float32, device=device)
+        groups.append({"params": [self.w_out, self.bias], "peak": learning_rate / math.sqrt(rank or hidden_size)})
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
     def schedule(self, progress: float) -> None:
         """Sets the learning rate for the share `progress` in [0, 1] of all tokens seen: warm-up, then cosine."""
-        warm = min(1.0, (progress + 1e-3) / _WARM_UP)
-        rate = self.peak * warm * (0.5 + 0.5 * math.cos(math.pi * min(1.0, progress)))
+        factor = min(1.0, (progress + 1e-3) / _WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, progress)))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["peak"] * factor
 
-    def observe(self, ffn: SparseFFN, x: torch.Tensor) -> None:
-        """An `observe_input` hook: x [T, H] becomes T / 256 optimiser steps."""
-        with torch.no_grad():
-            target = router_target(contributions(ffn, x))
-            inputs = (x.float() - self.mean) / self.std
+    @torch.no_grad()
+    def observe(self, x: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Trains on tokens' inputs x [T, H] and activations [T, D]: T / 256 optimiser steps."""
+        target = router_target(contributions(self.ffn, hidden))
+        x = x.float()
+        if self.mean is None:
+            std, self.mean = torch.std_mean(x, 0, correction=0)
+            # A feature that hardly varies in the first tokens may do so later.
+            self.std = std.clamp_(min=1e-3 * std.mean().item() + 1e-6)
+        inputs = (x - self.mean) / self.std
         with torch.autocast(x.device.type, enabled=False):
-            self._train(inputs, target)
+            for batch, share in zip(inputs.split(_MINIBATCH), target.split(_MINIBATCH), strict=True):
+                self._step(batch, share)
 
-    def _train(self, inputs: torch.Tensor, target: torch.Tensor) -> None:
-        for batch, share in zip(inputs.split(_MINIBATCH), target.split(_MINIBATCH), strict=True):
-            with torch.enable_grad():
-                loss = F.kl_div(F.linear(batch, self.weight, self.bias).log_softmax(-1), share, reduction="batchmean")
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            value = loss.detach()  # the host does not wait for it
-            self._kl = value if self._kl is None else self._kl.lerp(value, 0.05)
+    def _step(self, x: torch.Tensor, share: torch.Tensor) -> None:
+        """One step along the gradient of the KL, which at the logits is softmax(z) − c/Σc."""
+        inner = x if self.w_in is None else x @ self.w_in.t()
+        error = torch.addmm(self.bias, inner, self.w_out.t()).softmax(-1).sub_(share).div_(len(x))
+        self.bias.grad = error.sum(0)
+        self.w_out.grad = error.t() @ inner
+        if self.w_in is not None:
+            self.w_in.grad = (error @ self.w_out).t() @ x
+        self.optimizer.step()
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether it has seen tokens."""
+        return self.mean is not None
 
     def state_dict(self) -> dict[str, Any]:
         """What a training that goes on later needs, beside what the constructor takes."""
-        state = {"weight": self.weight.detach(), "bias": self.bias.detach(), "optimizer": self.optimizer.state_dict()}
-        return state if self._kl is None else {**state, "kl": self._kl}
+        names = ("mean", "std", "w_in", "w_out", "bias")
+        return {**{name: getattr(self, name) for name in names}, "optimizer": self.optimizer.state_dict()}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.weight.copy_(state["weight"])
-        self.bias.copy_(state["bias"])
+        self.mean, self.std = state["mean"], state["std"]
+        for name in ("w_in", "w_out", "bias"):
+            if state[name] is not None:
+                getattr(self, name).copy_(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._kl = state.get("kl")
 
     @torch.no_grad()
     def finish(self) -> None:
         """Writes the trained weights, in the units of the raw input, into the FFN's router."""
-        weight = self.weight / self.std
-        self.ffn.router.weight.copy_(weight)
-        self.ffn.router.bias.copy_(self.bias - weight @ self.mean)
+        router = self.ffn.router
+        first = (self.w_out if self.w_in is None else self.w_in) / self.std
+        shift = first @ self.mean
+        if self.w_in is None:
+            router.w_out.copy_(first)
+            router.bias.copy_(self.bias - shift)
+        else:
+            router.w_in.copy_(first)
+            router.w_out.copy_(self.w_out)
+            router.bias.copy_(self.bias - self.w_out @ shift)

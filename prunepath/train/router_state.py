@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import time
@@ -63,13 +62,11 @@ class RouterState:
         temporary = self.path.with_name(f"{self.path.name}.writing")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({**state, "fingerprint": self.fingerprint}, temporary)
-            temporary.replace(self.path)
+            try:
+                torch.save({**state, "fingerprint": self.fingerprint}, temporary)
+                temporary.replace(self.path)
+            finally:
+                temporary.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:  # torch.save turns a full disk into the latter
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             raise PrunePathError(f"Expected to write the conversion's state {self.path}, but: {error}.") from error
         self._saved = time.monotonic()
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
