@@ -94,9 +94,13 @@ def is_plain(projection: nn.Module) -> bool:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def lay_out(weight: nn.Parameter, *, column_major: bool) -> None:
-    """Copies a matrix into new storage, column-major or row-major, unless it lies so already."""
-    if weight.device.type == "meta":
+def lay_out(projection: nn.Module, *, column_major: bool) -> None:
+    """Copies a projection's weight into new storage, column-major or row-major, unless it lies so already.
+
+    An adapter's base weight counts as one. Weights that are no plain matrices, quantised or sharded, stay as they are.
+    """
+    weight = getattr(projection, "weight", None)
+    if type(weight) is not nn.Parameter or weight.dim() != 2 or weight.is_meta or weight.element_size() == 1:
         return
     matrix = weight.data.t() if column_major else weight.data
     if not matrix.is_contiguous():

@@ -48,7 +48,7 @@ class SparseFFN(nn.Module):
             bool mask [T, E], or gates of hidden's dtype that scale what experts add. It keeps the FFN to the masked
             dense computation.
         executor: None, or a function (ffn, x [T, H]) that gives (y [T, H], counts int32 [T]) in the place of
-            `run_kernels`, for every inference call.
+            `run_kernels`, for inference calls of any length. Moving or casting the module ends it.
     """
 
     def __init__(
@@ -113,9 +113,9 @@ class SparseFFN(nn.Module):
         """Whether x [T, H] is served by `run_kernels` or `executor`, which read the active experts alone."""
         if torch.is_grad_enabled() or self.selector is not None or (self.layout.dropout and self.training):
             return False
-        if self.executor is not None:
-            return True
-        return x.shape[0] <= KERNEL_TOKENS and self.has_row_tables()
+        if torch.compiler.is_exporting():
+            return False  # programs of any length, in torch's own operators
+        return (self.executor is not None or x.shape[0] <= KERNEL_TOKENS) and self.has_row_tables()
 
     def run_kernels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(y [T, H], counts int32 [T]) of x [T, H] by one operator call; the weights have to be laid out for it."""
@@ -172,7 +172,9 @@ class SparseFFN(nn.Module):
         """The router's (mask bool [T, E], counts int32 [T]) for x [T, H], as of `ops.select`. No gradient."""
         with torch.no_grad():
             logits = self.router(x)
-            return ops.resolve_backend(logits.device).select(
+            is_exporting = torch.compiler.is_exporting()
+            select = ops.reference.select if is_exporting else ops.resolve_backend(logits.device).select
+            return select(
                 logits, self._thresholds(x.shape[0]), min_experts=self.min_experts, max_experts=self.max_experts
             )
 
@@ -237,17 +239,19 @@ class SparseFFN(nn.Module):
             )
         return False
 
+    def is_column_major(self, name: str) -> bool:
+        """Whether inference needs a projection's weight stored column by column, so that each neuron's are together."""
+        return (name == self.layout.down) != self.layout.transposed
+
     def lay_out_for_inference(self) -> None:
         """Stores every neuron's weights contiguously: the down projection [H, D] column by column."""
         for name in self.layout.projections:
-            if is_plain(self.projection(name)):
-                lay_out(self.projection(name).weight, column_major=(name == self.layout.down) != self.layout.transposed)
+            lay_out(self.projection(name), column_major=self.is_column_major(name))
 
     def lay_out_for_training(self) -> None:
         """Stores every parameter row by row, as optimisers that flatten them and sharded training need it."""
         for name in self.layout.projections:
-            if is_plain(self.projection(name)):
-                lay_out(self.projection(name).weight, column_major=False)
+            lay_out(self.projection(name), column_major=False)
 
     # Thresholds
 
@@ -311,6 +315,7 @@ class SparseFFN(nn.Module):
             self._threshold = torch.empty((), dtype=torch.float32, device=self._threshold.device)
             self._request_thresholds = None
         self.threshold = self._threshold_value
+        self.executor = None
         return self
 
     # Hooks

@@ -19,7 +19,8 @@ from prunepath.conversion.batches import mean_loss
 from prunepath.conversion.convert import calibrate
 from prunepath.conversion.tokens import sample_windows
 from prunepath.errors import PrunePathError
-from prunepath.train.any_budget import AnyBudgetConfig
+from prunepath.nn import for_inference
+from prunepath.train.any_budget import AnyBudgetConfig, is_router
 
 REPORTED_BUDGETS = (1.0, 0.5, 0.25, 0.1)
 _HELD_OUT_TOKENS = 16384
@@ -87,8 +88,10 @@ def finetune(
     trained = _prepare_backbone(model, config)
     _train(trained, training, config, folder, any_budget, teacher, progress)
     if config.backbone == "lora":
-        model = trained.merge_and_unload()
-    model.requires_grad_(True).eval()
+        model = for_inference(trained.merge_and_unload())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not is_router(name))
+    model.eval()
     if not is_first_process():
         return model, []
     model.to(dtype)
@@ -157,14 +160,10 @@ def _prepare_folder(folder: Path, config: FineTuning, resume: bool) -> None:
 
 
 def _prepare_backbone(model: nn.Module, config: FineTuning) -> nn.Module:
-    """The model to train, with gradients for what is to learn."""
-    if config.backbone == "full":
-        return model.requires_grad_(True)
-    if config.backbone == "frozen":
-        from prunepath.train.trainer import is_router
-
+    """The model to train, with gradients for what is to learn beside the routers."""
+    if config.backbone != "lora":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(is_router(name))
+            parameter.requires_grad_(config.backbone == "full" and not is_router(name))
         return model
     import peft
 
@@ -175,7 +174,6 @@ def _prepare_backbone(model: nn.Module, config: FineTuning) -> nn.Module:
             r=config.lora_rank,
             lora_alpha=2 * config.lora_rank,
             target_modules="all-linear",
-            exclude_modules=r".*\.router",
             modules_to_save=["router"],
         ),
     )

@@ -11,17 +11,12 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prunepath.errors import PrunePathError
-from prunepath.nn import SparseFFN
+from prunepath.nn import for_inference, for_training, sparse_ffns
 from prunepath.nn.thresholds import check_fraction
-from prunepath.train.any_budget import AnyBudget, AnyBudgetConfig, distillation_loss
+from prunepath.train.any_budget import AnyBudget, AnyBudgetConfig, distillation_loss, is_router
 
 ROUTER_RATE = 3.0
 """The routers' learning rate over the backbone's, where nothing else is said."""
-
-
-def is_router(name: str) -> bool:
-    """Whether a parameter of this dotted name belongs to a router."""
-    return "router" in name.split(".")
 
 
 def dense_teacher(model: nn.Module, *, share_frozen: bool = False) -> nn.Module:
@@ -29,14 +24,16 @@ def dense_teacher(model: nn.Module, *, share_frozen: bool = False) -> nn.Module:
 
     Args:
         share_frozen: parameters that need no gradient are the model's own, not copies: with LoRA nearly all of them.
-            They must then stay frozen.
+            They must then stay frozen, but for the routers, whose choice makes no difference to it.
     """
     shared = {id(p): p for p in model.parameters() if share_frozen and not p.requires_grad}
     teacher = copy.deepcopy(model, shared).eval().requires_grad_(False)
-    for module in teacher.modules():
-        if isinstance(module, SparseFFN):
-            module.threshold = 1.0
-            module.select = module.observe_counts = module.observe_input = None
+    for ffn in sparse_ffns(teacher).values():
+        ffn.threshold = 1.0
+        ffn.max_experts = 0
+        ffn.selector = ffn.executor = None
+        ffn._input_hooks.clear()
+        ffn._counts_hooks.clear()
     return teacher
 
 
@@ -110,9 +107,13 @@ class AnyBudgetTrainer(Trainer):
         return self.optimizer
 
     def train(self, *arguments: Any, **keywords: Any):
-        self.model.train()  # unpacks the experts, before gradient buckets take over the weights' strides
-        with self.any_budget:
-            return super().train(*arguments, **keywords)
+        for_training(self.model)
+        try:
+            with self.any_budget:
+                return super().train(*arguments, **keywords)
+        finally:
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # whose weights are parts of other tensors
+                for_inference(self.model)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **keywords: Any):
         if not model.training:
@@ -177,7 +178,8 @@ def predicts_next(model: nn.Module) -> bool:
 class AnyBudgetCallback(TrainerCallback):
     """Any-budget training of a sparse model in any other Trainer, on one process: budgets and routers, no distillation.
 
-    The routers' loss has its own backward pass after the Trainer's.
+    The routers' loss has its own backward pass after the Trainer's. From when it is made until training ends, passes in
+    training mode run at drawn budgets, and the routers require gradients.
 
     Args:
         model: the sparse model that the Trainer trains.
@@ -190,6 +192,7 @@ class AnyBudgetCallback(TrainerCallback):
         self, model: nn.Module, config: AnyBudgetConfig | None = None, *, router_weight: float = 1.0, seed: int = 0
     ) -> None:
         self.any_budget = AnyBudget(model, config, seed=seed)
+        self.any_budget.attach()  # the Trainer's optimiser takes what requires gradients before it calls back
         self.router_weight = router_weight
 
     def on_train_begin(self, args, state, control, **_: Any) -> None:
