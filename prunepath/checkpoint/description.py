@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -132,9 +133,17 @@ def describe(model: nn.Module, description: SparseDescription) -> None:
 def install(model: nn.Module, config: PrunePathConfig) -> dict[str, SparseFFN]:
     """Replaces the model's FFNs by sparse ones with untrained routers.
 
+    The model gets a configuration of its own, since other models may share it, and it will describe this one.
+
     Returns:
         The FFNs by dotted path in the model, in the order of its modules.
     """
+    sites = find_ffns(model)
+    shared = model.config
+    own = copy.deepcopy(shared)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            module.config = own
     return {
         site.path: site.install(
             config.experts_of(site.intermediate_size),
@@ -142,5 +151,5 @@ def install(model: nn.Module, config: PrunePathConfig) -> dict[str, SparseFFN]:
             min_experts=config.min_experts,
             max_experts=config.max_experts,
         )
-        for site in find_ffns(model)
+        for site in sites
     }

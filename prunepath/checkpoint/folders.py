@@ -11,32 +11,52 @@ from pathlib import Path
 
 from prunepath.errors import PrunePathError
 
+_INSIDE = ".partial"
+"""The temporary folder's name where it is inside the output folder."""
+_IGNORED = {_INSIDE, "lost+found"}  # the latter is in a new file system's root
+
 
 def check_output_folder(out: str | os.PathLike) -> Path:
-    """`out` as a path, if a folder can appear there: it does not exist or is empty, and its parent can be written."""
+    """`out` as a path, if a folder can appear there: it does not exist or is empty, and its place can be written."""
     out = Path(out)
     try:
-        if out.is_dir() and any(out.iterdir()):
+        place = out.resolve()
+        if place.is_dir() and any(entry.name not in _IGNORED for entry in place.iterdir()):
             raise PrunePathError(f"Expected an output folder that is new or empty, but {out} has files in it.")
-        if out.exists() and not out.is_dir():
+        if place.exists() and not place.is_dir():
             raise PrunePathError(f"Expected an output folder, but {out} is a file.")
-        existing = next(parent for parent in out.absolute().parents if parent.exists())
-    except OSError as error:
+        existing = place if _must_stay(place) else next(parent for parent in place.parents if parent.exists())
+    except (OSError, RuntimeError) as error:  # RuntimeError: a symbolic link that leads to itself
         raise PrunePathError(f"Expected an output folder, but {out} cannot be read: {error}.") from error
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if not existing.is_dir() or not _is_writable(existing):
         raise PrunePathError(f"Expected an output folder in a place that can be written, but {existing} cannot.")
     return out
 
 
+def _is_writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _must_stay(place: Path) -> bool:
+    """Whether a folder cannot be replaced by another: a mount point, the working folder, a guest in another's place."""
+    if not place.is_dir():
+        return False
+    return place.is_mount() or place == Path.cwd() or not _is_writable(place.parent)
+
+
 @contextlib.contextmanager
 def whole_folder(out: str | os.PathLike, resume: str | None = None) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name when the block ends without an error, and else vanishes.
+    """A temporary folder that takes the name `out` when the block ends without an error, and else vanishes.
 
-    What a killed process left there is removed. With `resume`, a text that names the work, the folder stays after an
-    error too, and a later block of the same text finds what is in it.
+    It lies beside `out`, or inside where an empty folder `out` has to stay, whose files then appear one by one, the
+    configuration last. What a killed process left there is removed. With `resume`, a text that names the work, the
+    folder stays after an error too, and a later block of the same text finds what is in it.
     """
     out = check_output_folder(out)
-    temporary = out.absolute().with_name(f".{out.name}.partial")
+    place = out.resolve()
+    stays = _must_stay(place)
+    temporary = place / _INSIDE if stays else place.with_name(f".{place.name}.partial")
+    work = temporary / ".work"
     with contextlib.ExitStack() as stack:
         try:
             temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +67,6 @@ def whole_folder(out: str | os.PathLike, resume: str | None = None) -> Iterator[
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(handle), os.stat(temporary)):
                 raise BlockingIOError
-            work = temporary / ".work"
             if resume is None or not work.is_file() or work.read_text(encoding="utf-8") != resume:
                 for entry in temporary.iterdir():
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -59,9 +78,20 @@ def whole_folder(out: str | os.PathLike, resume: str | None = None) -> Iterator[
             raise PrunePathError(f"Expected a place where the folder {out} can be written, but: {error}.") from error
         try:
             yield temporary
-            work.unlink(missing_ok=True)
-            os.replace(temporary, out)
         except BaseException:
             if resume is None:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+        try:
+            if stays:
+                entries = [entry for entry in temporary.iterdir() if entry != work]
+                for entry in sorted(entries, key=lambda entry: entry.name == "config.json"):
+                    entry.replace(place / entry.name)
+                shutil.rmtree(temporary)
+            else:
+                temporary.replace(place)
+                (place / work.name).unlink(missing_ok=True)
+        except OSError as error:
+            raise PrunePathError(
+                f"Expected to give a finished folder the name {out}, but: {error.strerror or error}; it is {temporary}."
+            ) from error

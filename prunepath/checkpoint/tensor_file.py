@@ -1,7 +1,6 @@
 """Safetensors files through one memory map, and writing them with every tensor where a page begins.
 
-The safetensors package reads a tensor by copying it, and places tensors at multiples of 8 bytes: neither lets an
-expert stay on disk until it is used.
+The safetensors package gives no memory back before a file is closed, and places tensors at multiples of 8 bytes.
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from prunepath.errors import CheckpointError
 
@@ -24,8 +24,6 @@ PADDING = "padding."
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000  # as in the safetensors package
-_LARGE_ROW = 1 << 20  # Linux maps 64 KiB around a byte that was asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,44 +57,25 @@ class TensorFile:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         try:
+            with safe_open(self.path, framework="pt"):
+                pass  # the library checks the header, against the file too: offsets, overlaps, dtypes, shapes
             with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
                 length = int.from_bytes(file.read(8), "little")
-                if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                    raise ValueError("its header does not fit into it")
                 header = json.loads(file.read(length))
-                self.metadata: dict[str, str] = header.pop("__metadata__", {})
-                entries = {
-                    name: TensorEntry(
-                        str(entry["dtype"]), tuple(entry["shape"]), *(8 + length + at for at in entry["data_offsets"])
-                    )
-                    for name, entry in header.items()
-                }
                 # Private: a write, as of an optimiser, goes to memory of this process and never to the file.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise CheckpointError(
                 f"Expected the safetensors file {self.path}, but it cannot be read: {error.strerror or error}."
             ) from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"Expected {self.path} to be a whole safetensors file, but its header cannot be read ({error})."
-            ) from error
-        self._marked = False
+        except (SafetensorError, ValueError) as error:
+            raise CheckpointError(f"Expected {self.path} to be a whole safetensors file, but: {error}.") from error
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        entries = {
+            name: TensorEntry(entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in entry["data_offsets"]))
+            for name, entry in header.items()
+        }
         self.entries = dict(sorted(entries.items(), key=lambda item: item[1].begin))
-        for name, entry in self.entries.items():
-            known = _DTYPES.get(entry.dtype)
-            expected = entry.end - entry.begin if known is None else math.prod(entry.shape) * known.itemsize
-            if not 8 + length <= entry.begin <= entry.end <= size or entry.end - entry.begin != expected:
-                raise CheckpointError(
-                    f"Expected {self.path} to be a whole safetensors file, but {name} does not lie within its "
-                    f"{size} bytes."
-                )
-
-    @property
-    def mapped_bytes(self) -> int:
-        """The size of the file, and of its map."""
-        return len(self._map)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor on the map: nothing is read before its elements are.
@@ -122,53 +101,16 @@ class TensorFile:
         entry = self.entries[name]
         return memoryview(self._map)[entry.begin : entry.end]
 
-    def release(self, begin: int = 0, end: int | None = None) -> None:
-        """Takes the whole pages from `begin` to `end` out of this process's memory; using them again reads the file.
+    def require(self, name: str, shape: Sequence[int]) -> None:
+        """Raises CheckpointError unless the file holds a tensor of this name and shape that kernels compute with."""
+        found = list(self.tensor(name).shape)
+        if found != list(shape):
+            raise CheckpointError(f"Expected {name} of shape {list(shape)} in {self.path}, got {found}.")
 
-        What was written to them is lost.
-        """
-        begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = self.mapped_bytes if end is None else end // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > begin and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
-
-    def read_ahead(self, begin: int, end: int) -> None:
-        """Has the system begin to read the bytes from `begin` to `end`."""
-        begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        if hasattr(mmap, "MADV_WILLNEED"):
-            self._map.madvise(mmap.MADV_WILLNEED, begin, end - begin)
-
-    def separate(self, begin: int, size: int, rows: int) -> None:
-        """Keeps rows of `size` bytes, from `begin` on, from coming into memory with their neighbours.
-
-        To be called in the order of the rows, so that the first of one call differs from the last of the one before.
-
-        Linux maps pages around the one that was asked for, but never beyond a mapping, and mappings that differ in
-        what a core dump takes of them are not one.
-        """
-        # Of larger rows, the neighbours' share is small.
-        if hasattr(mmap, "MADV_DONTDUMP") and size % mmap.PAGESIZE == begin % mmap.PAGESIZE == 0 and size < _LARGE_ROW:
-            for row in range(rows):
-                self._marked = not self._marked
-                if self._marked:
-                    self._map.madvise(mmap.MADV_DONTDUMP, begin + row * size, size)
-
-    def touched_bytes(self) -> int:
-        """How much of the map is in this process's memory. Linux alone; elsewhere 0."""
-        start = torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
-        touched, inside = 0, False
-        try:
-            with open("/proc/self/smaps", encoding="ascii", errors="replace") as file:
-                for line in file:
-                    first, _, rest = line.partition(" ")
-                    if not first.endswith(":"):
-                        begin = int(first.partition("-")[0], 16)
-                        inside = start <= begin < start + len(self._map)
-                    elif inside and first == "Rss:":
-                        touched += int(rest.split()[0]) * 1024
-        except OSError:
-            return 0
-        return touched
+    def release(self) -> None:
+        """Takes the file out of this process's memory; using it again reads it, and what was written to it is lost."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclasses.dataclass(frozen=True)

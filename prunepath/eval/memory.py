@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 
-from prunepath.nn import sparse_ffns
-
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
@@ -17,8 +15,8 @@ class MemoryReport:
     Attributes:
         resident_bytes: of the whole process in memory now, mapped files included.
         peak_bytes: the most that was.
-        mapped_bytes: of checkpoint files that experts are used from.
-        touched_bytes: of those, what is in memory now because it was used.
+        mapped_bytes: of checkpoint files that the model's weights are used from.
+        touched_bytes: of those, what is in memory now because it was used; the system takes it back when it must.
     """
 
     resident_bytes: int
@@ -28,13 +26,23 @@ class MemoryReport:
 
 
 def report_memory(model: torch.nn.Module) -> MemoryReport:
-    """Reads this process's memory, and the part of it that belongs to the experts of a packed `model`."""
-    files = {id(ffn.pages.file): ffn.pages.file for ffn in sparse_ffns(model).values() if ffn.pages is not None}
-    return MemoryReport(
-        *process_memory(),
-        sum(file.mapped_bytes for file in files.values()),
-        sum(file.touched_bytes() for file in files.values()),
-    )
+    """Reads this process's memory, and the part of it that is maps of the files that `model` was loaded from."""
+    addresses = [p.data_ptr() for p in model.parameters() if p.device.type == "cpu"]
+    mapped = touched = 0
+    try:
+        lines = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    of_model = False
+    for line in lines:
+        first, *rest = line.split(maxsplit=5)
+        if not first.endswith(":"):  # a mapping: its addresses, permissions, offset, device, inode and file
+            begin, end = (int(address, 16) for address in first.split("-"))
+            of_model = rest[3] != "0" and any(begin <= address < end for address in addresses)
+            mapped += (end - begin) * of_model
+        elif first == "Rss:" and of_model:
+            touched += int(rest[0]) * 1024
+    return MemoryReport(*process_memory(), mapped, touched)
 
 
 def process_memory(process: int | str = "self") -> tuple[int, int]:

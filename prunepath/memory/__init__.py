@@ -1,1 +1,1 @@
-"""Experts that need not all be in memory, or on the GPU."""
+"""Models whose FFNs do not fit on a GPU."""
