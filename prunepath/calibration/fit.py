@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from prunepath.nn import SparseFFN
-from prunepath.nn.observers import observing_inputs, replacing_hidden, valid_tokens
+from prunepath.nn.observers import observing_hidden, observing_inputs
 from prunepath.nn.thresholds import LARGEST_THRESHOLD, SMALLEST_THRESHOLD
 from prunepath.train.router import RouterQuality, contributions
 
@@ -138,7 +141,7 @@ def fit_budgets(
             f"At a budget of {STATIC_BUDGET:g} this model is worse than static pruning of the same size, a loss of "
             f"{losses[chosen][COMPARED_BUDGETS.index(STATIC_BUDGET)]:.3f} against {static:.3f} on held-out text: give "
             "its routers more tokens or a higher rank, or fine-tune it.",
-            stacklevel=5  # beyond two decorators, to who called convert or calibrate,
+            stacklevel=5,  # beyond two decorators, to who called convert or calibrate,
         )
     return Calibration(table, chosen, losses, dense, static, [o.quality for o in search.observed])
 
@@ -168,20 +171,16 @@ class Search:
         self.highest = [(ffn.max_experts or ffn.num_experts) / ffn.num_experts for ffn in ffns]
         found: dict[SparseFFN, Observed] = {}
 
-        def observe(ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-            valid = valid_tokens(ffn, len(x))
-            some, h = (x, hidden) if valid is None else (x[valid], hidden[valid])
-            importance = h.float().square().mean(0) * ffn.tables()[-1].float().square().sum(1)
+        def observe(ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> None:
+            importance = hidden.float().square().mean(0) * ffn.tables()[-1].float().square().sum(1)
             useful = torch.zeros_like(importance, dtype=torch.bool)
             useful[importance.topk(max(1, round(STATIC_BUDGET * len(importance)))).indices] = True
-            logits = ffn.router(spread(some))
-            masses = masses_before(ffn, logits).flatten().sort().values.float()
-            found[ffn] = Observed(RouterQuality.of(logits, contributions(ffn, spread(h))), masses, useful)
-            return hidden
+            masses = masses_before(ffn, ffn.router(spread(x))).flatten().sort().values.float()
+            found[ffn] = Observed(router_quality(ffn, x, hidden), masses, useful)
 
         for ffn in ffns:
             ffn.threshold = 1.0
-        with replacing_hidden(dict.fromkeys(ffns, observe)):
+        with observing_hidden(dict.fromkeys(ffns, observe)):
             self.encode()
         self.observed = [found[ffn] for ffn in ffns]
 
@@ -220,9 +219,16 @@ class Search:
 
     def static_loss(self) -> float | None:
         """The loss with static pruning in the place of routing."""
-        useful = {ffn: observed.useful for ffn, observed in zip(self.ffns, self.observed, strict=True)}
-        with replacing_hidden(dict.fromkeys(self.ffns, lambda ffn, x, hidden: torch.where(useful[ffn], hidden, 0.0))):
+        with contextlib.ExitStack() as hooks:
+            for ffn, observed in zip(self.ffns, self.observed, strict=True):
+                ffn.threshold = 1.0
+                down = ffn.projection(ffn.layout.down)
+                hooks.enter_context(down.register_forward_pre_hook(functools.partial(_prune, observed.useful)))
             return self.loss()
+
+
+def _prune(useful: torch.Tensor, projection: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (torch.where(useful, args[0], 0.0),)
 
 
 class FitFraction:
@@ -251,6 +257,11 @@ class FitFraction:
             threshold = before.kthvalue(rank + 1).values.clamp(min=self.lowest, max=LARGEST_THRESHOLD)
             self.threshold = threshold.float()
         ffn.try_threshold(self.threshold)
+
+
+def router_quality(ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> RouterQuality:
+    """How well the FFN's router does on some of the tokens x [T, H] with the activations `hidden` [T, D]."""
+    return RouterQuality.of(ffn.router(spread(x)), contributions(ffn, spread(hidden)))
 
 
 def spread(tokens: torch.Tensor) -> torch.Tensor:

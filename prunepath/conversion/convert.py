@@ -42,7 +42,7 @@ from prunepath.conversion.experts import ExpertGrouping, reorder_neurons
 from prunepath.errors import PrunePathError
 from prunepath.families import FFNSite
 from prunepath.nn import SparseFFN, for_inference, sparse_ffns
-from prunepath.nn.observers import padding_masks, replacing_hidden, valid_tokens
+from prunepath.nn.observers import observing_hidden, observing_inputs, padding_masks
 from prunepath.train.router import RouterTraining
 from prunepath.train.router_state import RouterState
 
@@ -137,7 +137,7 @@ def _learn_routers(
         grouped = [ffn for ffn in ffns.values() if ffn.expert_width > 1]
         share = _GROUPING_COST * data.grouping_tokens / len(grouped)
         grouping = ExpertGrouping(config, conversion.reorder, lambda part: bar.update(part * share))
-        with replacing_hidden(dict.fromkeys(grouped, grouping)):
+        with observing_inputs(dict.fromkeys(grouped, grouping)):
             model.base_model(**backbone_inputs(merge(data.grouping)))
     for index, batch in enumerate(data.training):
         if index >= done:
@@ -236,14 +236,12 @@ class ConversionData:
 def train_routers(trainings: dict[SparseFFN, RouterTraining], progress: float, run: Callable[[], object]) -> None:
     """Trains routers on what `run` sends densely through their FFNs, at the share `progress` of all training."""
 
-    def observe(ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        valid = valid_tokens(ffn, len(x))
-        trainings[ffn].observe(*((x, hidden) if valid is None else (x[valid], hidden[valid])))
-        return hidden
+    def observe(ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> None:
+        trainings[ffn].observe(x, hidden)
 
     for training in trainings.values():
         training.schedule(progress)
-    with replacing_hidden(dict.fromkeys(trainings, observe)):
+    with observing_hidden(dict.fromkeys(trainings, observe)):
         run()
 
 

@@ -9,11 +9,10 @@ import torch
 from prunepath.config import PrunePathConfig
 from prunepath.conversion.partition import partition_neurons
 from prunepath.nn import SparseFFN
-from prunepath.nn.observers import valid_tokens
 
 
 class ExpertGrouping:
-    """A `replacing_hidden` hook that groups the neurons of each FFN as a pass of the dense model reaches it.
+    """An input hook that groups the neurons of each FFN as a pass of the dense model reaches it.
 
     Reordering neurons leaves an FFN's output as it is, so the calibration batch goes through the model once, and the
     activations of one FFN at a time are in memory.
@@ -33,7 +32,7 @@ class ExpertGrouping:
         self.config, self.reorder, self.progress = config, reorder, progress
 
     @torch.no_grad()
-    def __call__(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def __call__(self, ffn: SparseFFN, x: torch.Tensor) -> None:
         reported = 0.0
 
         def report(done: int, total: int) -> None:
@@ -41,20 +40,19 @@ class ExpertGrouping:
             self.progress(done / max(1, total) - reported)
             reported = done / max(1, total)
 
-        valid = valid_tokens(ffn, len(x))
+        hidden = ffn.hidden(x).float()
         with torch.autocast(x.device.type, enabled=False):
             order = partition_neurons(
                 self.config.partition,
                 ffn.num_experts,
                 intermediate_size=ffn.intermediate_size,
-                profiles=(hidden if valid is None else hidden[valid]).float(),
+                profiles=hidden,
                 weights=ffn.tables()[0].float(),
                 seed=self.config.seed,
                 progress=report,
             ).to(x.device)
             self.reorder(ffn, order)
         self.progress(1.0 - reported)
-        return hidden[:, order]
 
 
 @torch.no_grad()

@@ -18,28 +18,22 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from prunepath.calibration.fit import BUDGETS, FitFraction
-from prunepath.checkpoint.description import SparseDescription, install
+from prunepath.calibration.fit import BUDGETS, Calibration, FitFraction, router_quality
+from prunepath.checkpoint.description import SparseDescription, install, path_in_backbone
 from prunepath.checkpoint.folders import check_output_folder, whole_folder
-from prunepath.checkpoint.loading import read_model_config
-from prunepath.checkpoint.packing import INDEX, open_shards
+from prunepath.checkpoint.loading import INDEX, open_shards, read_model_config
 from prunepath.checkpoint.tensor_file import NewTensor, TensorFile, write_tensor_file
 from prunepath.config import PrunePathConfig
-from prunepath.conversion.batches import (
-    Batch,
-    backbone_inputs,
-    count_tokens,
-    first_tokens,
-    sample_batches,
-    split_held_out,
-)
-from prunepath.conversion.experts import ExpertGrouping
-from prunepath.conversion.partition import check_num_experts
+from prunepath.conversion.batches import Batch, backbone_inputs
+from prunepath.conversion.checks import DTYPES
+from prunepath.conversion.convert import ConversionData, config_in_force, train_routers
+from prunepath.conversion.experts import ExpertGrouping, reorder_neurons
 from prunepath.errors import CheckpointError, PrunePathError
 from prunepath.families import find_ffns
 from prunepath.nn import SparseFFN
-from prunepath.nn.observers import observing_inputs
-from prunepath.train.router import RouterQuality, RouterTraining, contributions
+from prunepath.nn.observers import observing_hidden, observing_inputs
+from prunepath.nn.thresholds import SMALLEST_THRESHOLD
+from prunepath.train.router import RouterQuality, RouterTraining
 
 _METADATA = {"format": "pt"}
 
@@ -56,9 +50,8 @@ def convert_streaming(
     """Makes a sparse checkpoint from a dense one of any size, as `prunepath.convert` and `save` would.
 
     All calibration tokens go through one layer before the next is read. In memory at a time: a layer, what grouping its
-    neurons takes, and the tokens' hidden states: `router_tokens` of them, and `calibration_tokens` for each of the 13
-    budgets. Two things differ from `convert`: each budget gives all FFNs the same active fraction, and whether to
-    centre is decided on the first FFN.
+    neurons takes, and the tokens' hidden states: `router_tokens` of them, and `calibration_tokens` for each calibrated
+    budget. One thing differs from `convert`: each budget gives all FFNs the same active fraction.
 
     A run that was stopped goes on after the last layer it finished, when it is started again with the same arguments;
     until then its work lies beside `out`, in `.OUT.partial`. The result is the same.
@@ -67,7 +60,7 @@ def convert_streaming(
         folder: a local dense checkpoint of a decoder in safetensors, in one shard or several, all in one dtype.
         out: a folder that is new or empty; it appears whole at the end.
         tokenizer, texts: as for `prunepath.convert`; strings or token ids.
-        config: as for `prunepath.convert`, with `contribution="output"`.
+        config: as for `prunepath.convert`.
         progress: show a progress bar.
 
     Raises:
@@ -75,17 +68,15 @@ def convert_streaming(
     """
     folder, config = Path(folder), config or PrunePathConfig()
     check_output_folder(out)
-    if config.contribution != "output":
-        raise PrunePathError("Expected contribution='output' for converting layer by layer, since it measures no loss.")
     entries = read_model_config(folder)
     if entries.get("quantization_config") is not None:
         raise PrunePathError(f"Expected a dense checkpoint without quantization, but {folder} has one.")
     stream = _Stream(folder, config)
-    wanted = config.calibration_tokens + max(config.router_tokens, config.partition_tokens)
-    batches = sample_batches(stream.model, texts, tokenizer, config.sequence_length, wanted, config.seed)
-    with whole_folder(out, resume=_work(folder, config, batches)) as new:
+    sizes = [ffn.intermediate_size for ffn in stream.ffns.values()]
+    data = ConversionData.sample(stream.model, texts, tokenizer, config, sizes)
+    with whole_folder(out, resume=_work(folder, stream.config, data)) as new:
         try:
-            stream.convert(new, batches, progress)
+            stream.convert(new, data, progress)
             stream.finish(new)
         except OSError as error:
             raise PrunePathError(
@@ -93,13 +84,13 @@ def convert_streaming(
             ) from error
 
 
-def _work(folder: Path, config: PrunePathConfig, batches: Sequence[Batch]) -> str:
+def _work(folder: Path, config: PrunePathConfig, data: ConversionData) -> str:
     """What has to be equal for a later run to go on."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config)).encode())
     for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".json"):
             digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
-    for batch in batches:
+    for batch in (*data.training, *data.grouping, *data.calibration):
         digest.update(batch["input_ids"].numpy().tobytes())
     return digest.hexdigest()
 
@@ -110,18 +101,19 @@ class _Stream:
     def __init__(self, folder: Path, config: PrunePathConfig) -> None:
         import transformers
 
-        self.folder, self.config = folder, config
+        self.folder = folder
         self.model_config = transformers.AutoConfig.from_pretrained(folder)
         self.files = open_shards(folder)
         self.where = {name: file for file in self.files for name in file.entries}
         with _without_weights():
             self.model = transformers.AutoModelForCausalLM.from_config(self.model_config).eval()
         self.dtype = self.model_config.dtype or torch.float32
-        for site in find_ffns(self.model):
-            check_num_experts(site.intermediate_size, config.num_experts)
-        self.description = SparseDescription(config, config.center is not False, [], [], {}, {})
-        self.ffns = install(self.model, self.description)
-        self.description.ffns, self.description.thresholds = list(self.ffns), [1.0] * len(self.ffns)
+        if self.dtype not in DTYPES:
+            raise PrunePathError(
+                f"Expected a checkpoint of float32, bfloat16 or float16, got {self.dtype} in {folder}."
+            )
+        self.config = config_in_force(config, find_ffns(self.model))
+        self.ffns = install(self.model, self.config)
         self.prefix, self.layers = self._find_layers()
         self._place_the_rest()
 
@@ -162,63 +154,46 @@ class _Stream:
         return tensor
 
     @torch.no_grad()
-    def convert(self, new: Path, batches: Sequence[Batch], progress: bool) -> None:
-        config = self.config
-        share = config.calibration_tokens / (
-            config.calibration_tokens + max(config.router_tokens, config.partition_tokens)
-        )
-        held_out, training = split_held_out(batches, round(sum(map(count_tokens, batches)) * share))
-        training = list(first_tokens(training, max(config.router_tokens, config.partition_tokens)))
-        tokens = _Tokens(self, training)
-        calibrated = {budget: _Tokens(self, held_out) for budget in (1.0, *BUDGETS)}
+    def convert(self, new: Path, data: ConversionData, progress: bool) -> None:
+        training = _Tokens(self, max(data.training, data.grouping, key=len))
+        calibrated = {budget: _Tokens(self, data.calibration) for budget in (1.0, *BUDGETS)}
         self.thresholds: list[dict[str, float]] = []
-        self.routers: list[dict[str, float]] = []
+        self.routers: list[RouterQuality] = []
         precision = contextlib.nullcontext()
-        if config.autocast != "none":
-            precision = torch.autocast("cpu", getattr(torch, config.autocast))
+        if self.config.autocast != "none":
+            precision = torch.autocast("cpu", getattr(torch, self.config.autocast))
         with precision:
             for index, ffn in enumerate(tqdm(self.ffns.values(), desc="Layers", disable=not progress)):
                 done = new / f"done-{index}.json"
                 if done.is_file():
                     found = json.loads(done.read_text(encoding="utf-8"))
-                    self._set_centered(found["centered"])
-                    self._load(index, TensorFile(new / self._shard(index)), converted=True)
-                    tokens.advance(index)
+                    self._load(index, TensorFile(new / self._shard(index)))
+                    training.advance(index)
                     self._calibrate(index, ffn, calibrated, found["thresholds"])
                 else:
-                    self._load(index, None, converted=False)
-                    self._group_and_train(index, ffn, tokens)
-                    found = {"centered": self.description.centered}
-                    found |= self._calibrate(index, ffn, calibrated, None)
+                    self._load(index, None)
+                    self._group_and_train(index, ffn, training, data)
+                    found = self._calibrate(index, ffn, calibrated, None)
                     self._write(new / self._shard(index), self._layer_tensors(index))
                     _write_text(done, json.dumps(found))
                 self.thresholds.append(found["thresholds"])
-                self.routers.append(found["router"])
+                self.routers.append(RouterQuality(**found["router"]))
                 self._release(index)
 
-    def _set_centered(self, centered: bool) -> None:
-        if self.description.centered and not centered:
-            self.description.centered = False
-            for ffn in self.ffns.values():
-                ffn.center = None
-
-    def _load(self, index: int, file: TensorFile | None, *, converted: bool) -> None:
+    def _load(self, index: int, converted: TensorFile | None) -> None:
         """Gives a layer weights: of the dense checkpoint with empty routers, or those that were written before."""
         layer, ffn = self.layers[index], list(self.ffns.values())[index]
         added = {id(parameter) for parameter in ffn.router.parameters()}
         for name, parameter in list(layer.named_parameters()):
             full = f"{self.prefix}.{index}.{name}"
             owner, _, leaf = name.rpartition(".")
-            if converted:
-                tensor = file.tensor(full).clone()
+            if converted is not None:
+                tensor = converted.tensor(full).clone()
             elif id(parameter) in added:
                 tensor = torch.zeros(parameter.shape, dtype=self.dtype)
             else:
                 tensor = self._tensor(full, parameter.shape).clone()
             layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        if ffn.center is not None:
-            path = f"{list(self.ffns)[index]}.center"
-            ffn.center = file.tensor(path).clone() if converted else torch.zeros(ffn.center.shape, dtype=self.dtype)
         ffn.threshold = 1.0
 
     def _release(self, index: int) -> None:
@@ -228,24 +203,17 @@ class _Stream:
             file.release()
         return_freed_memory()
 
-    def _group_and_train(self, index: int, ffn: SparseFFN, tokens: _Tokens) -> None:
-        config = self.config
-        grouping = ExpertGrouping(config)
-        with observing_inputs({ffn: grouping.observe}):
-            tokens.run_merged(index, config.partition_tokens)
-        if index == 0 and config.center is None:
-            self._set_centered(grouping.centering_helps)
-        statistics = grouping.inputs[ffn]
-        training = RouterTraining(ffn, statistics.mean, statistics.std, config)
-        wanted = len(list(first_tokens(tokens.batches, config.router_tokens)))
-
-        def observe(ffn: SparseFFN, x: torch.Tensor) -> None:
-            if tokens.position < wanted:
-                training.schedule(tokens.position / wanted)
-                training.observe(ffn, x)
-
-        with observing_inputs({ffn: observe}):
-            tokens.advance(index)
+    def _group_and_train(self, index: int, ffn: SparseFFN, tokens: _Tokens, data: ConversionData) -> None:
+        if ffn.expert_width > 1:
+            with observing_inputs({ffn: ExpertGrouping(self.config, reorder_neurons)}):
+                tokens.run_merged(index, len(data.grouping))
+        training = RouterTraining(ffn, self.config.router_learning_rate, self.config.seed + index)
+        count = len(data.training)
+        for position in range(len(tokens)):
+            if position < count:
+                train_routers({ffn: training}, position / count, lambda p=position: tokens.advance_one(index, p))
+            else:
+                tokens.advance_one(index, position)
         training.finish()
 
     def _calibrate(
@@ -255,24 +223,24 @@ class _Stream:
         found: dict[str, float] = {}
         qualities: list[RouterQuality] = []
 
-        def measure(ffn: SparseFFN, x: torch.Tensor) -> None:
-            qualities.append(RouterQuality.of(ffn.router(x), contributions(ffn, x)))
+        def measure(ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> None:
+            qualities.append(router_quality(ffn, x, hidden))
 
-        ffn.threshold = 1.0
-        with observing_inputs({ffn: measure} if thresholds is None else {}):
+        with observing_hidden({ffn: measure}):
             calibrated[1.0].advance_merged(index)
-        lowest = None
+        lowest = SMALLEST_THRESHOLD
         for budget in BUDGETS:
-            fit = FitFraction(budget) if lowest is None else FitFraction(budget, lowest)
-            if thresholds is not None:
-                ffn.threshold = thresholds[f"{budget:g}"]
-            with observing_inputs({ffn: fit} if thresholds is None else {}):
-                calibrated[budget].advance_merged(index)
             if thresholds is None:
-                ffn.threshold = fit.outcome[0].item()
+                fit = FitFraction(budget, lowest)
+                with observing_inputs({ffn: fit}):
+                    calibrated[budget].advance_merged(index)
+                ffn.threshold = fit.threshold.item()
+            else:
+                ffn.threshold = thresholds[f"{budget:g}"]
+                calibrated[budget].advance_merged(index)
             found[f"{budget:g}"] = lowest = ffn.threshold
         ffn.threshold = 1.0
-        return {"thresholds": found, "router": dataclasses.asdict(qualities[0]) if qualities else None}
+        return {"thresholds": found, "router": dataclasses.asdict(qualities[0])}
 
     def _shard(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{len(self.layers) + 1:05d}.safetensors"
@@ -302,13 +270,13 @@ class _Stream:
             copied = entry.suffix in (".json", ".model", ".txt", ".jinja") and entry.name not in ("config.json", INDEX)
             if copied and entry.is_file() and not entry.name.startswith("."):
                 shutil.copyfile(entry, new / entry.name)
-        description = self.description
-        description.budgets = {b: [found[f"{b:g}"] for found in self.thresholds] for b in BUDGETS}
-        description.calibration = {
-            "shapes": {f"{budget:g}": "per_layer" for budget in BUDGETS},
-            "losses": {},
-            "routers": self.routers,
-        }
+        description = SparseDescription(
+            self.config,
+            ffns=[path_in_backbone(self.model, path) for path in self.ffns],
+            thresholds=[1.0] * len(self.ffns),
+            budgets={b: [found[f"{b:g}"] for found in self.thresholds] for b in BUDGETS},
+            calibration=Calibration({}, "equal", {}, None, None, self.routers).to_dict(),
+        )
         config = self.model_config.to_dict() | {"quantization_config": description.to_dict()}
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         config["architectures"] = [type(self.model).__name__]
@@ -318,33 +286,31 @@ class _Stream:
 
 
 class _Tokens:
-    """The hidden states of calibration batches on their way through the layers.
-
-    Attributes:
-        batches: the batches.
-        position: which of them is running.
-    """
+    """The hidden states of calibration batches on their way through the layers."""
 
     def __init__(self, stream: _Stream, batches: Sequence[Batch]) -> None:
-        self.batches = batches
-        self.position = 0
         self._stream = stream
         self._hidden = [_record(stream, batch)[0][0] for batch in batches]
         self._arguments: dict[tuple[int, int], list[tuple[tuple, dict]]] = {}
 
+    def __len__(self) -> int:
+        return len(self._hidden)
+
     def advance(self, index: int) -> None:
         """Takes all of them through a layer, batch by batch."""
-        for position, hidden in enumerate(self._hidden):
-            self.position = position
-            self._hidden[position] = self._run(index, hidden)
+        for position in range(len(self)):
+            self.advance_one(index, position)
+
+    def advance_one(self, index: int, position: int) -> None:
+        """Takes one batch through a layer."""
+        self._hidden[position] = self._run(index, self._hidden[position])
 
     def advance_merged(self, index: int) -> None:
         """Takes all of them through a layer in one call."""
         self._hidden = list(self._run(index, torch.cat(self._hidden)).split([len(h) for h in self._hidden]))
 
-    def run_merged(self, index: int, num_tokens: int) -> None:
-        """Runs a layer on the first `num_tokens` tokens in one call."""
-        count = len(list(first_tokens(self.batches, num_tokens)))
+    def run_merged(self, index: int, count: int) -> None:
+        """Runs a layer on the first `count` batches in one call."""
         self._run(index, torch.cat(self._hidden[:count]))
 
     def _run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:

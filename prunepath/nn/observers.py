@@ -96,29 +96,28 @@ def observing_inputs(hooks: Mapping[SparseFFN, Callable[[SparseFFN, torch.Tensor
         yield
 
 
-HiddenHook = Callable[[SparseFFN, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
 @contextlib.contextmanager
-def replacing_hidden(hooks: Mapping[SparseFFN, HiddenHook]) -> Iterator[None]:
-    """Inside the `with` block, each FFN computes all neurons without routing and projects what its hook returns.
+def observing_hidden(
+    hooks: Mapping[SparseFFN, Callable[[SparseFFN, torch.Tensor, torch.Tensor], None]],
+) -> Iterator[None]:
+    """Inside the `with` block, each FFN runs densely, without its router, and shows its hook what it computes.
 
-    A hook gets (ffn, x [T, H], activations h [T, D]), padding included, and returns activations [T, D]. Calls that
-    keep to `SparseFFN.forward` alone, without gradients, are served.
+    A hook gets (ffn, x [T, H], activations h [T, D]) of the tokens that are no padding.
     """
 
-    def execute(ffn: SparseFFN, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        counts = torch.full((len(x),), ffn.num_experts, dtype=torch.int32, device=x.device)
-        return ffn.project(hooks[ffn](ffn, x, ffn.hidden(x))), counts
+    def select(ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        valid = valid_tokens(ffn, len(x))
+        hooks[ffn](ffn, *((x, hidden) if valid is None else (x[valid], hidden[valid])))
+        return torch.ones(len(x), ffn.num_experts, dtype=torch.bool, device=x.device)
 
-    before = {ffn: ffn.executor for ffn in hooks}
+    before = {ffn: ffn.selector for ffn in hooks}
     for ffn in hooks:
-        ffn.executor = execute
+        ffn.selector = select
     try:
         yield
     finally:
-        for ffn, executor in before.items():
-            ffn.executor = executor
+        for ffn, selector in before.items():
+            ffn.selector = selector
 
 
 def valid_tokens(ffn: SparseFFN, num_tokens: int) -> torch.Tensor | None:
