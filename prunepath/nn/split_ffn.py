@@ -80,7 +80,7 @@ class _Activation(nn.Module):
         if ffn.is_plain():
             return up
         x = ffn.take_input()
-        hidden = self.dense(up).reshape(len(x), -1)
+        hidden = self.dense(up).reshape(x.shape[0], -1)
         return ffn.skip(hidden, ffn.active(x, hidden)).view(up.shape)
 
 

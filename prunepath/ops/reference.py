@@ -36,7 +36,7 @@ def mass(logits: Tensor) -> Tensor:
     a = torch.full_like(f, EXP2_COEFFICIENTS[-1])
     for coefficient in EXP2_COEFFICIENTS[-2::-1]:
         a = ((a * f) >> 20) + coefficient
-    return a >> k
+    return torch.bitwise_right_shift(a, k)
 
 
 def mass_before(logits: Tensor) -> Tensor:
@@ -185,7 +185,10 @@ def _routed_logits(logits: Tensor) -> Tensor:
 
 
 def _order(logits: Tensor) -> Tensor:
-    return _routed_logits(logits).sort(dim=1, descending=True, stable=True).indices
+    z = _routed_logits(logits)
+    if torch.onnx.is_in_onnx_export():
+        return z.sort(dim=1, descending=True).indices  # ONNX breaks ties by index, and has no other sort
+    return z.sort(dim=1, descending=True, stable=True).indices
 
 
 def _check_limits(num_experts: int, min_experts: int, max_experts: int) -> None:
@@ -208,7 +211,8 @@ def _threshold_column(threshold: float | Tensor, num_tokens: int, device: torch.
             f"route: expected threshold float32 of shape [] or [T] = [{num_tokens}], got {tau.dtype} of shape "
             f"{list(tau.shape)}."
         )
-    if tau.device.type == "cpu" and not bool((tau.isfinite() & (tau > 0)).all()):
+    is_read = tau.device.type == "cpu" and not torch.compiler.is_compiling()
+    if is_read and not bool((tau.isfinite() & (tau > 0)).all()):
         raise RuntimeError(f"route: expected threshold to be finite and greater than 0 in float32, got {threshold}.")
     if tau is not threshold:  # a fill, where a copy to the device would wait for it
         return torch.full((1, 1), tau.item(), dtype=torch.float32, device=device)
