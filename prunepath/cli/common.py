@@ -25,7 +25,7 @@ BatchSizeOption = Annotated[int, typer.Option(min=1, help="Windows of one forwar
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
 GPUExpertsOption = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Keep at most so much of the experts on the GPU, the rest in host memory: 4GiB."),
+    typer.Option(metavar="SIZE", help="Keep at most so much of the FFNs on the GPU, the rest in host memory: 4GiB."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
 
@@ -71,7 +71,7 @@ class ModelOptions:
         return prunepath.load(name, dtype=self.dtype, device=self.device)
 
     def load_offloaded(self, name: str, gpu_experts: str | None) -> tuple[Any, Any, Any]:
-        """The model, its tokenizer and its expert cache, which is None unless experts are to be kept on a GPU."""
+        """The model, its tokenizer and where its FFNs are: None unless a GPU is to run them from host memory."""
         if gpu_experts is None:
             return *self.load(name), None
         size, device = parse_size("gpu-experts", gpu_experts), self.device or "cuda"
@@ -119,11 +119,6 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise PrunePathError(f"The device {device!r} cannot be used: {reason}.") from error
-
-
-def cache_fields(cache) -> dict:
-    """What a command prints of an expert cache."""
-    return {"slots": cache.slots, **dataclasses.asdict(cache.statistics), "hit_rate": cache.statistics.hit_rate}
 
 
 def state_beside(out: Path, suffix: str) -> Path:

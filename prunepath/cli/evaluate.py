@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,6 @@ from prunepath.cli.common import (
     ModelOptions,
     SequenceLengthOption,
     TextOptions,
-    cache_fields,
     check_picture,
     import_prunepath,
     parse_fractions,
@@ -58,7 +58,7 @@ def evaluate(
         from prunepath.eval.plots import plot_tradeoff
         from prunepath.eval.tradeoff import dense_row, tradeoff
 
-        loaded, tokenizer, cache = options.load_offloaded(model, gpu_experts)
+        loaded, tokenizer, offloading = options.load_offloaded(model, gpu_experts)
         shared = dict(
             sequence_length=window_length(loaded, sequence_length),
             max_tokens=max_tokens,
@@ -75,7 +75,7 @@ def evaluate(
             rows = [dense_row(loaded, tokenizer, data, **shared)]
         if plot is not None:
             plot_tradeoff(rows, plot, title=model)
-        memory = {} if cache is None else {"gpu_experts": cache_fields(cache)}
+        memory = {} if offloading is None else {"gpu_experts": dataclasses.asdict(offloading)}
         results.json({"model": model, "rows": rows, **memory})
         results.table(rows)
         results.fields(memory)

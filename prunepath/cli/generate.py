@@ -11,10 +11,8 @@ from prunepath.cli.common import (
     JsonOption,
     ModelArgument,
     ModelOptions,
-    cache_fields,
     check_fraction,
     import_prunepath,
-    parse_size,
 )
 from prunepath.cli.results import printing
 from prunepath.errors import PrunePathError
@@ -36,14 +34,6 @@ def generate(
     report_memory: Annotated[
         bool, typer.Option("--report-memory", help="Also print resident, mapped and touched bytes.")
     ] = False,
-    resident_experts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Keep at most so much of a packed checkpoint's experts in memory: 4GiB, or all.",
-            show_default="twice the --budget's share",
-        ),
-    ] = None,
     gpu_experts: GPUExpertsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -58,14 +48,11 @@ def generate(
             check_fraction(name, value)
     if temperature < 0:
         raise PrunePathError(f"temperature must be at least 0, got {temperature:g}.")
-    limit = None if resident_experts in (None, "all") else parse_size("resident-experts", resident_experts)
-    if limit is not None and gpu_experts is not None:
-        raise PrunePathError("Expected --resident-experts or --gpu-experts, got both.")
     with printing(as_json) as results:
         prunepath = import_prunepath()
         import torch
 
-        loaded, tokenizer, cache = options.load_offloaded(model, gpu_experts)
+        loaded, tokenizer, offloading = options.load_offloaded(model, gpu_experts)
         sparse = prunepath.is_sparse(loaded)
         if not sparse and (budget is not None or threshold is not None):
             raise PrunePathError(f"{model} is a dense model, which has no budgets or thresholds: convert it first.")
@@ -73,16 +60,6 @@ def generate(
             prunepath.set_budget(loaded, budget)
         if threshold is not None:
             prunepath.set_threshold(loaded, threshold)
-        if resident_experts is None and budget is not None:
-            from prunepath.checkpoint.packing import resident_limit
-
-            limit = resident_limit(loaded, budget)
-            if limit is not None:
-                results.note(f"Keeping {limit / 1e6:.1f} MB of experts in memory (--resident-experts).")
-        if limit is not None:
-            from prunepath.checkpoint.packing import limit_resident_experts
-
-            limit_resident_experts(loaded, limit)
         inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
         length = inputs["input_ids"].shape[1]
         if length == 0:
@@ -104,8 +81,8 @@ def generate(
             from prunepath.eval.memory import report_memory as read_memory
 
             memory = {"memory": dataclasses.asdict(read_memory(loaded))}
-        if cache is not None:
-            memory["gpu_experts"] = cache_fields(cache)
+        if offloading is not None:
+            memory["gpu_experts"] = dataclasses.asdict(offloading)
         results.json(
             {
                 "prompt": prompt,

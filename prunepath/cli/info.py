@@ -70,7 +70,7 @@ def describe_checkpoint(path: str | Path) -> dict:
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                packed = packed or (tensors.metadata() or {}).get("prunepath") == "experts"
+                packed = packed or (tensors.metadata() or {}).get("prunepath") == "packed"
                 for name in tensors.keys():
                     if name.startswith("padding."):
                         continue

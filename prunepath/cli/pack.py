@@ -16,7 +16,7 @@ def pack(
 ) -> None:
     """Write SPARSE anew for use straight from the file.
 
-    Only the experts that run come into memory.
+    Weights come into memory when they are used.
     """
     from prunepath.checkpoint.folders import check_output_folder
 
@@ -27,7 +27,5 @@ def pack(
 
         sizes = pack_checkpoint(model, out)
         results.json({"model": str(model), "out": str(out), **sizes})
-        if not sizes["aligned"]:
-            results.note("Experts are no whole pages: some come into memory with their neighbours.")
-        results.text(f"Wrote {out}: {sizes['expert_bytes'] / 1e6:.1f} MB of experts.")
+        results.text(f"Wrote {out}: {sizes['ffn_bytes'] / 1e6:.1f} MB of FFN weights.")
         results.text(f'Try: prunepath generate {out} "Once upon a time" --budget 0.25 --report-memory')
