@@ -119,15 +119,15 @@ class SparseFFN(nn.Module):
 
     def run_kernels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(y [T, H], counts int32 [T]) of x [T, H] by one operator call; the weights have to be laid out for it."""
-        router = self._modules["router"]._parameters
+        router = self.router  # or what peft puts around it
         *gate, up, down_t = self.tables()
         biases = self.biases()
         kernels = ops.resolve_backend(up.device)
         y, counts = kernels.routed_ffn(
             x.to(up.dtype),
-            router["w_in"],
-            router["w_out"],
-            router["bias"],
+            router.w_in,
+            router.w_out,
+            router.bias,
             self._thresholds(x.shape[0]),
             gate[0] if gate else None,
             up,
