@@ -16,6 +16,7 @@
 
 #include "core/activations.h"
 #include "core/layout.h"
+#include "core/routing.h"
 
 namespace prunepath {
 
@@ -112,7 +113,7 @@ inline void check_float_dtype(const char* op, const char* name, const Tensor& te
   }
 }
 
-// Biases, centres: float32 whatever the weights are, or the weights' dtype.
+// Biases: float32 whatever the weights are, or the weights' dtype.
 inline void check_parameter_dtype(const char* op, const char* name, const Tensor& tensor,
                                   ScalarType dtype) {
   const ScalarType got = tensor.scalar_type();
@@ -140,22 +141,8 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& ten
   }
 }
 
-// An output that the caller owns: exact shape and dtype, contiguous.
-inline void check_out(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
-                      std::initializer_list<int64_t> shape, const char* symbols,
-                      const char* like_name, const Tensor& like) {
-  check_same_device(op, name, tensor, like_name, like);
-  check_dtype(op, name, tensor, dtype);
-  check_shape(op, name, tensor, shape, symbols);
-  check_contiguous(op, name, tensor);
-}
-
-inline bool is_valid_threshold(float threshold) {
-  return std::isfinite(threshold) && threshold > 0.0f;
-}
-
 inline void check_threshold_value(const char* op, float threshold) {
-  if (!is_valid_threshold(threshold)) {
+  if (!(std::isfinite(threshold) && threshold > 0.0f)) {
     fail(op, "expected threshold to be finite and greater than 0 in float32, got ", threshold);
   }
 }
@@ -191,33 +178,24 @@ struct RouteShape {
   int64_t num_columns;  // K
 };
 
+inline void check_num_experts(const char* op, int64_t num_experts) {
+  if (num_experts < 1 || num_experts > kMaxExperts) {
+    fail(op, "expected from 1 to ", kMaxExperts, " experts, got ", num_experts);
+  }
+}
+
+// For route and select.
 inline RouteShape check_route(const char* op, const Tensor& logits, int64_t min_experts,
                               int64_t max_experts) {
   check_float_dtype(op, "logits", logits);
-  if (logits.dim() != 2 || logits.size(1) < 1) {
-    fail(op, "expected logits of shape [T, E] with E of at least 1, got ",
-         shape_string(logits.sizes()));
+  if (logits.dim() != 2) {
+    fail(op, "expected logits of shape [T, E], got ", shape_string(logits.sizes()));
   }
   const int64_t num_experts = logits.size(1);
+  check_num_experts(op, num_experts);
   return {logits.size(0), num_experts,
           check_expert_limits(op, min_experts, max_experts, num_experts)};
 }
-
-inline void check_route_out(const char* op, const RouteShape& shape, const Tensor& logits,
-                            const Tensor& expert_ids, const Tensor& probs, const Tensor& counts) {
-  const int64_t T = shape.num_tokens;
-  const int64_t K = shape.num_columns;
-  check_out(op, "expert_ids", expert_ids, ScalarType::Int, {T, K}, "[T, K]", "logits", logits);
-  check_out(op, "probs", probs, ScalarType::Float, {T, K}, "[T, K]", "logits", logits);
-  check_out(op, "counts", counts, ScalarType::Int, {T}, "[T]", "logits", logits);
-}
-
-struct FfnShape {
-  int64_t num_tokens;  // T
-  ExpertLayout layout;
-  InStrides in_strides;
-  Activation activation;
-};
 
 inline Activation check_activation(const char* op, const std::string& name) {
   int32_t value = 0;
@@ -230,22 +208,142 @@ inline Activation check_activation(const char* op, const std::string& name) {
   fail(op, "expected activation relu, gelu, gelu_tanh, silu or relu2, got ", name);
 }
 
-inline ExpertLayout check_expert_weights(const char* op, const Tensor& w_in, const Tensor& w_out) {
-  check_float_dtype(op, "w_in", w_in);
-  if (w_in.dim() != 4 || (w_in.size(2) != 1 && w_in.size(2) != 2) || w_in.size(0) < 1) {
-    fail(op, "expected w_in of shape [E, n, G, H] with E of at least 1 and G of 1 or 2, got ",
-         shape_string(w_in.sizes()));
+// A bias that may be missing: contiguous, float32 or the dtype of `like`.
+inline void check_bias(const char* op, const char* name, const std::optional<Tensor>& bias,
+                       const char* like_name, const Tensor& like, int64_t size,
+                       const char* symbols) {
+  if (bias.has_value()) {
+    check_same_device(op, name, *bias, like_name, like);
+    check_parameter_dtype(op, name, *bias, like.scalar_type());
+    check_shape(op, name, *bias, {size}, symbols);
+    check_contiguous(op, name, *bias);
   }
-  const ExpertLayout layout{w_in.size(0), w_in.size(1), w_in.size(2), w_in.size(3)};
-  check_same_device(op, "w_out", w_out, "w_in", w_in);
-  check_dtype(op, "w_out", w_out, w_in.scalar_type());
-  check_shape(op, "w_out", w_out, {layout.num_experts, layout.expert_width, layout.hidden_size},
-              "[E, n, H]");
-  return layout;
 }
 
-inline ExpertLayout check_pack_experts(const std::optional<Tensor>& gate, const Tensor& up,
-                                       const Tensor& down, int64_t num_experts) {
+// Weights as rows of contiguous elements, at any distance from each other.
+inline void check_table(const char* op, const char* name, const Tensor& table,
+                        const FfnLayout& layout, const Tensor& x) {
+  check_same_device(op, name, table, "x", x);
+  check_dtype(op, name, table, x.scalar_type());
+  check_shape(op, name, table, {num_neurons(layout), layout.hidden_size}, "[D, H]");
+  if (layout.hidden_size > 1 && table.stride(1) != 1) {
+    fail(op, "expected ", name, " with contiguous rows, got shape ", shape_string(table.sizes()),
+         " with strides ", shape_string(table.strides()));
+  }
+}
+
+// The tensors that sparse_ffn and routed_ffn have in common.
+struct FfnTensors {
+  const Tensor& x;
+  const std::optional<Tensor>& gate;
+  const Tensor& up;
+  const Tensor& down_t;
+  const std::optional<Tensor>& gate_bias;
+  const std::optional<Tensor>& up_bias;
+  const std::optional<Tensor>& down_bias;
+};
+
+struct FfnShape {
+  int64_t num_tokens;  // T
+  FfnLayout layout;
+  Activation activation;
+};
+
+inline FfnShape check_ffn(const char* op, const FfnTensors& tensors, int64_t num_experts,
+                          const std::string& activation) {
+  const Tensor& x = tensors.x;
+  const Tensor& up = tensors.up;
+  check_float_dtype(op, "x", x);
+  if (up.dim() != 2 || up.size(0) < 1 || up.size(1) < 1) {
+    fail(op, "expected up of shape [D, H], each of at least 1, got ", shape_string(up.sizes()));
+  }
+  const int64_t D = up.size(0);
+  const int64_t H = up.size(1);
+  check_num_experts(op, num_experts);
+  if (D % num_experts != 0) {
+    fail(op, "expected the number of experts to divide the ", D, " neurons of up, got ",
+         num_experts, " experts");
+  }
+  if (x.dim() != 2 || x.size(1) != H) {
+    fail(op, "expected x of shape [T, H] = [T, ", H, "], got ", shape_string(x.sizes()));
+  }
+  const bool gated = tensors.gate.has_value();
+  const FfnLayout layout{num_experts,
+                         D / num_experts,
+                         H,
+                         gated,
+                         gated ? tensors.gate->stride(0) : 0,
+                         up.stride(0),
+                         tensors.down_t.dim() > 0 ? tensors.down_t.stride(0) : 0};
+  check_table(op, "up", up, layout, x);
+  if (gated) {
+    check_table(op, "gate", *tensors.gate, layout, x);
+  } else if (tensors.gate_bias.has_value()) {
+    fail(op, "expected gate_bias to be None for an FFN without a gate, got a tensor");
+  }
+  check_table(op, "down_t", tensors.down_t, layout, x);
+  check_bias(op, "gate_bias", tensors.gate_bias, "x", x, D, "[D]");
+  check_bias(op, "up_bias", tensors.up_bias, "x", x, D, "[D]");
+  check_bias(op, "down_bias", tensors.down_bias, "x", x, H, "[H]");
+  return {x.size(0), layout, check_activation(op, activation)};
+}
+
+// For sparse_ffn. Returns K, the columns of expert_ids.
+inline int64_t check_selection(const char* op, const Tensor& x, const Tensor& expert_ids,
+                               const Tensor& counts) {
+  const int64_t T = x.size(0);
+  check_same_device(op, "expert_ids", expert_ids, "x", x);
+  check_same_device(op, "counts", counts, "x", x);
+  check_dtype(op, "expert_ids", expert_ids, ScalarType::Int);
+  check_dtype(op, "counts", counts, ScalarType::Int);
+  if (expert_ids.dim() != 2 || expert_ids.size(0) != T) {
+    fail(op, "expected expert_ids of shape [T, K] = [", T, ", K], got ",
+         shape_string(expert_ids.sizes()));
+  }
+  check_shape(op, "counts", counts, {T}, "[T]");
+  check_contiguous(op, "expert_ids", expert_ids);
+  check_contiguous(op, "counts", counts);
+  return expert_ids.size(1);
+}
+
+// For routed_ffn, before check_ffn. Returns E.
+inline int64_t router_num_experts(const char* op, const Tensor& router_out) {
+  if (router_out.dim() != 2) {
+    fail(op, "expected router_out of shape [E, r], or [E, H] without router_in, got ",
+         shape_string(router_out.sizes()));
+  }
+  return router_out.size(0);
+}
+
+// For routed_ffn. Returns the router's rank, 0 for one of full rank.
+inline int64_t check_router(const char* op, const FfnShape& shape, const Tensor& x,
+                            const std::optional<Tensor>& router_in, const Tensor& router_out,
+                            const std::optional<Tensor>& router_bias) {
+  const int64_t E = shape.layout.num_experts;
+  const int64_t H = shape.layout.hidden_size;
+  int64_t rank = 0;
+  if (router_in.has_value()) {
+    check_same_device(op, "router_in", *router_in, "x", x);
+    check_dtype(op, "router_in", *router_in, x.scalar_type());
+    if (router_in->dim() != 2 || router_in->size(0) < 1 || router_in->size(1) != H) {
+      fail(op, "expected router_in of shape [r, H] = [r, ", H, "] with r of at least 1, got ",
+           shape_string(router_in->sizes()));
+    }
+    check_contiguous(op, "router_in", *router_in);
+    rank = router_in->size(0);
+  }
+  check_same_device(op, "router_out", router_out, "x", x);
+  check_dtype(op, "router_out", router_out, x.scalar_type());
+  check_shape(op, "router_out", router_out, {E, rank > 0 ? rank : H},
+              rank > 0 ? "[E, r]" : "[E, H]");
+  check_contiguous(op, "router_out", router_out);
+  check_bias(op, "router_bias", router_bias, "x", x, E, "[E]");
+  return rank;
+}
+
+// The values of `order` are for the operator to check.
+inline void check_pack_experts(const std::optional<Tensor>& gate, const Tensor& up,
+                               const Tensor& down, const std::optional<Tensor>& order) {
   const char* op = "pack_experts";
   check_float_dtype(op, "up", up);
   if (up.dim() != 2) {
@@ -261,160 +359,11 @@ inline ExpertLayout check_pack_experts(const std::optional<Tensor>& gate, const 
     check_dtype(op, "gate", *gate, up.scalar_type());
     check_shape(op, "gate", *gate, {D, H}, "[D, H]");
   }
-  if (num_experts < 1 || D % num_experts != 0) {
-    fail(op, "expected num_experts to be at least 1 and to divide the ", D, " neurons of up, got ",
-         num_experts);
-  }
-  return {num_experts, D / num_experts, gate.has_value() ? 2 : 1, H};
-}
-
-inline void check_pack_experts_out(const ExpertLayout& layout, const Tensor& up, const Tensor& w_in,
-                                   const Tensor& w_out) {
-  const char* op = "pack_experts";
-  const ScalarType dtype = up.scalar_type();
-  check_out(op, "w_in", w_in, dtype,
-            {layout.num_experts, layout.expert_width, layout.per_neuron, layout.hidden_size},
-            "[E, n, G, H]", "up", up);
-  check_out(op, "w_out", w_out, dtype,
-            {layout.num_experts, layout.expert_width, layout.hidden_size}, "[E, n, H]", "up", up);
-}
-
-inline ExpertLayout check_unpack_experts(const Tensor& w_in, const Tensor& w_out) {
-  const ExpertLayout layout = check_expert_weights("unpack_experts", w_in, w_out);
-  check_contiguous("unpack_experts", "w_in", w_in);
-  check_contiguous("unpack_experts", "w_out", w_out);
-  return layout;
-}
-
-inline void check_unpack_experts_out(const ExpertLayout& layout, const Tensor& w_in,
-                                     const std::optional<Tensor>& gate, const Tensor& up,
-                                     const Tensor& down) {
-  const char* op = "unpack_experts";
-  const int64_t D = num_neurons(layout);
-  const int64_t H = layout.hidden_size;
-  const ScalarType dtype = w_in.scalar_type();
-  if (gate.has_value() != (layout.per_neuron == 2)) {
-    fail(op, "expected gate to be ", layout.per_neuron == 2 ? "given" : "None",
-         " for w_in of shape ", shape_string(w_in.sizes()), ", got ",
-         gate.has_value() ? "a tensor" : "None");
-  }
-  if (gate.has_value()) {
-    check_out(op, "gate", *gate, dtype, {D, H}, "[D, H]", "w_in", w_in);
-  }
-  check_out(op, "up", up, dtype, {D, H}, "[D, H]", "w_in", w_in);
-  check_out(op, "down", down, dtype, {H, D}, "[H, D]", "w_in", w_in);
-}
-
-// A bias or centre that may be missing: contiguous, float32 or the weights' dtype.
-inline void check_parameter(const char* op, const char* name, const std::optional<Tensor>& tensor,
-                            const Tensor& w_in, std::initializer_list<int64_t> shape,
-                            const char* symbols) {
-  if (tensor.has_value()) {
-    check_same_device(op, name, *tensor, "w_in", w_in);
-    check_parameter_dtype(op, name, *tensor, w_in.scalar_type());
-    check_shape(op, name, *tensor, shape, symbols);
-    check_contiguous(op, name, *tensor);
-  }
-}
-
-// w_in may be a view, as of one matrix with the gate's rows before those of up, as long as rows are
-// contiguous and neurons follow each other at one distance.
-inline InStrides check_in_strides(const char* op, const ExpertLayout& layout, const Tensor& w_in) {
-  const int64_t n = layout.expert_width;
-  const int64_t neuron = n == 1 ? w_in.stride(0) : w_in.stride(1);
-  const bool spaced = layout.num_experts == 1 || w_in.stride(0) == n * neuron;
-  const bool contiguous_rows = layout.hidden_size == 1 || w_in.stride(3) == 1;
-  if (!w_in.is_contiguous() && !(spaced && contiguous_rows)) {
-    fail(op, "expected w_in with contiguous rows and neurons at one distance, got shape ",
-         shape_string(w_in.sizes()), " with strides ", shape_string(w_in.strides()));
-  }
-  return {neuron, w_in.stride(2)};
-}
-
-inline FfnShape check_ffn(const char* op, const Tensor& x, const Tensor& w_in, const Tensor& w_out,
-                          const std::string& activation, const std::optional<Tensor>& b_in,
-                          const std::optional<Tensor>& b_out, const std::optional<Tensor>& center) {
-  const ExpertLayout layout = check_expert_weights(op, w_in, w_out);
-  const int64_t E = layout.num_experts;
-  const int64_t n = layout.expert_width;
-  const int64_t G = layout.per_neuron;
-  const int64_t H = layout.hidden_size;
-  const InStrides in_strides = check_in_strides(op, layout, w_in);
-  check_contiguous(op, "w_out", w_out);
-  check_same_device(op, "x", x, "w_in", w_in);
-  check_dtype(op, "x", x, w_in.scalar_type());
-  if (x.dim() != 2 || x.size(1) != H) {
-    fail(op, "expected x of shape [T, H] = [T, ", H, "], got ", shape_string(x.sizes()));
-  }
-  check_parameter(op, "b_in", b_in, w_in, {E, n, G}, "[E, n, G]");
-  check_parameter(op, "b_out", b_out, w_in, {H}, "[H]");
-  check_parameter(op, "center", center, w_in, {E, n}, "[E, n]");
-  return {x.size(0), layout, in_strides, check_activation(op, activation)};
-}
-
-// For `ffn_workspace_size`.
-inline ExpertLayout check_workspace_shapes(const std::string& op, const Tensor& x,
-                                           const Tensor& w_in) {
-  if (op != "sparse_ffn" && op != "routed_ffn") {
-    fail("ffn_workspace_size", "expected op sparse_ffn or routed_ffn, got ", op);
-  }
-  if (x.dim() != 2 || w_in.dim() != 4) {
-    fail("ffn_workspace_size", "expected x of shape [T, H] and w_in of shape [E, n, G, H], got ",
-         shape_string(x.sizes()), " and ", shape_string(w_in.sizes()));
-  }
-  return {w_in.size(0), w_in.size(1), w_in.size(2), w_in.size(3)};
-}
-
-// Returns K, the columns of expert_ids.
-inline int64_t check_selection(const char* op, const FfnShape& shape, const Tensor& x,
-                               const Tensor& expert_ids, const Tensor& counts) {
-  check_same_device(op, "expert_ids", expert_ids, "x", x);
-  check_same_device(op, "counts", counts, "x", x);
-  check_dtype(op, "expert_ids", expert_ids, ScalarType::Int);
-  check_dtype(op, "counts", counts, ScalarType::Int);
-  if (expert_ids.dim() != 2 || expert_ids.size(0) != shape.num_tokens) {
-    fail(op, "expected expert_ids of shape [T, K] = [", shape.num_tokens, ", K], got ",
-         shape_string(expert_ids.sizes()));
-  }
-  check_shape(op, "counts", counts, {shape.num_tokens}, "[T]");
-  check_contiguous(op, "expert_ids", expert_ids);
-  check_contiguous(op, "counts", counts);
-  return expert_ids.size(1);
-}
-
-struct SparseFfnArguments {
-  FfnShape shape;
-  int64_t num_columns;  // K, of expert_ids
-};
-
-inline SparseFfnArguments check_sparse_ffn(const Tensor& x, const Tensor& w_in, const Tensor& w_out,
-                                           const Tensor& expert_ids, const Tensor& counts,
-                                           const std::string& activation,
-                                           const std::optional<Tensor>& b_in,
-                                           const std::optional<Tensor>& b_out,
-                                           const std::optional<Tensor>& center) {
-  const FfnShape shape = check_ffn("sparse_ffn", x, w_in, w_out, activation, b_in, b_out, center);
-  return {shape, check_selection("sparse_ffn", shape, x, expert_ids, counts)};
-}
-
-inline void check_router(const char* op, const FfnShape& shape, const Tensor& w_in,
-                         const Tensor& weight, const std::optional<Tensor>& bias) {
-  const int64_t E = shape.layout.num_experts;
-  check_same_device(op, "router_weight", weight, "w_in", w_in);
-  check_dtype(op, "router_weight", weight, w_in.scalar_type());
-  check_shape(op, "router_weight", weight, {E, shape.layout.hidden_size}, "[E, H]");
-  check_contiguous(op, "router_weight", weight);
-  check_parameter(op, "router_bias", bias, w_in, {E}, "[E]");
-}
-
-inline void check_workspace(const char* op, const Tensor& workspace, int64_t size,
-                            const Tensor& x) {
-  check_same_device(op, "workspace", workspace, "x", x);
-  check_dtype(op, "workspace", workspace, ScalarType::Byte);
-  check_contiguous(op, "workspace", workspace);
-  if (workspace.dim() != 1 || workspace.size(0) < size) {
-    fail(op, "expected workspace of shape [bytes] with at least ", size, " bytes, got ",
-         shape_string(workspace.sizes()));
+  if (order.has_value()) {
+    check_same_device(op, "order", *order, "up", up);
+    check_dtype(op, "order", *order, ScalarType::Long);
+    check_shape(op, "order", *order, {D}, "[D]");
+    check_contiguous(op, "order", *order);
   }
 }
 

@@ -10,6 +10,8 @@
 
 namespace prunepath {
 
+constexpr int64_t kMaxExperts = 1 << 16;  // so that a row's mass is at most 2^46
+
 constexpr float kLog2E = 0x1.715476p+0f;  // log2(e) rounded to float32
 constexpr int kMassFractionBits = 20;
 constexpr float kMassMaxExponent = 30.0f;  // 2^-30 and less is no mass
@@ -38,9 +40,14 @@ PRUNEPATH_HD int64_t mass_units(float max, float z) {
   return a >> k;
 }
 
-// Whether expert i with logit a comes before expert j with logit b: more mass first, ties by index.
-PRUNEPATH_HD bool goes_before(float a, int32_t i, float b, int32_t j) {
-  return a > b || (a == b && i < j);
+// A logit's place in the order of routing: more for a larger logit, equal for -0 and +0, never 0.
+// Not for NaN.
+PRUNEPATH_HD uint32_t ordered_key(float logit) {
+  union {
+    float value;
+    uint32_t bits;
+  } z = {logit + 0.0f};
+  return z.bits ^ (z.bits >> 31 ? 0xffffffffu : 0x80000000u);
 }
 
 // Whether an expert with this much mass before it is needed to cover the threshold. A threshold of
@@ -48,6 +55,37 @@ PRUNEPATH_HD bool goes_before(float a, int32_t i, float b, int32_t j) {
 PRUNEPATH_HD bool is_needed(int64_t mass_before, float threshold, int64_t total) {
   return !(threshold < 1.0f) || static_cast<double>(mass_before) <
                                     static_cast<double>(threshold) * static_cast<double>(total);
+}
+
+// What a row is routed by.
+struct RoutingRule {
+  float threshold;
+  int64_t total;  // mass of the row
+  int64_t min_experts;
+  int64_t max_experts;  // K
+};
+
+// Whether the expert that has `rank` experts of mass `mass_before` before it is active. True for a
+// prefix of the order, so that a search for the first that is not needs no sort.
+PRUNEPATH_HD bool is_active(const RoutingRule& rule, int64_t rank, int64_t mass_before) {
+  return rank < rule.max_experts &&
+         (rank < rule.min_experts || is_needed(mass_before, rule.threshold, rule.total));
+}
+
+// How many of `ties` experts of one logit, of mass `mass` each, are active, where `rank` experts of
+// mass `mass_before` come before them: those of the lowest indices.
+PRUNEPATH_HD int64_t active_ties(const RoutingRule& rule, int64_t rank, int64_t mass_before,
+                                 int64_t ties, int64_t mass) {
+  int64_t low = 0;  // as many are active
+  while (low < ties) {
+    const int64_t middle = low + (ties - low) / 2;
+    if (is_active(rule, rank + middle, mass_before + middle * mass)) {
+      low = middle + 1;
+    } else {
+      ties = middle;
+    }
+  }
+  return low;
 }
 
 // Softmax probability of an expert. Both integers are exact in float64.

@@ -14,42 +14,54 @@ namespace prunepath {
 // Tokens are worked on in tiles, so that a set of them is one word.
 constexpr int64_t kTileTokens = 64;
 
-// A bias or centre: float32 or the weights' dtype; null is all zeros.
+// A bias: float32 or the weights' dtype; null is all zeros.
 struct Parameter {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
 };
 
 struct FfnWeights {
-  ExpertLayout layout;
+  FfnLayout layout;
   DType dtype;
-  const void* w_in;
-  InStrides in_strides;
-  const void* w_out;
-  Parameter b_in;
-  Parameter center;
+  const void* gate;  // null without a gate
+  const void* up;
+  const void* down;
+  Parameter gate_bias;
+  Parameter up_bias;
   Activation activation;
 };
 
-// The experts that a tile of tokens needs: those with any bit in `masks`, in ascending order.
-struct ActiveExperts {
-  const int32_t* experts;
-  const uint64_t* masks;  // by expert: bit t is set iff token t of the tile needs it
-  int64_t num_tokens;     // of the tile
+// A tile's tokens, twice.
+struct TileX {
+  int64_t num_tokens;
+  const void* data;   // of the weights' dtype, the elements of a token next to each other
+  int64_t stride;     // elements from a token to the next
+  const float* wide;  // [num_tokens, hidden_size] as `widen` writes it
+};
+
+// The neurons that any token of a tile needs, in ascending order.
+struct ActiveNeurons {
+  const int32_t* neurons;
+  const uint64_t* masks;  // by place in the list: bit t is set iff token t of the tile needs it
 };
 
 struct FfnKernels {
-  // Adds the output of neurons `begin` to `end`, counted over the list of active experts, to the
-  // rows sum[t * hidden_size] of the tokens that need them. Token t of `x`, of the weights' dtype,
-  // is the hidden_size elements from t * x_stride on. `sum` and `partial` are [tile, hidden_size]
-  // and zero at the beginning; `partial` is the kernel's own.
-  void (*run_neurons)(const FfnWeights& weights, const ActiveExperts& active, const void* x,
-                      int64_t x_stride, int64_t begin, int64_t end, float* sum, float* partial);
+  // Converts `size` elements, `stride` apart, to float32 in the order in which vectors of
+  // `weights`' dtype are widened, as `dot_rows` and `run_neurons` want them.
+  void (*widen)(const void* x, DType dtype, int64_t stride, int64_t size, DType weights,
+                float* out);
 
-  // logits[t * num_experts + e] = x[t] . weight[e] + bias[e] for e from begin to end, x as above.
-  void (*router_logits)(const void* x, int64_t x_stride, int64_t num_tokens, int64_t hidden_size,
-                        int64_t num_experts, const void* weight, DType dtype, Parameter bias,
-                        int64_t begin, int64_t end, float* logits);
+  // out[t * out_stride + r] = x[t] . row r + bias[r] for the rows of `table` [., size] from `begin`
+  // to `end`, x [num_tokens, size] as `widen` writes it. A token's sums do not depend on the
+  // others.
+  void (*dot_rows)(const float* x, int64_t num_tokens, const void* table, DType dtype, int64_t size,
+                   Parameter bias, int64_t begin, int64_t end, float* out, int64_t out_stride);
+
+  // Adds the output of the neurons `begin` to `end` of the list to the rows sum[t * hidden_size] of
+  // the tokens that need them. `sum` and `partial` are [num_tokens, hidden_size] and zero at the
+  // beginning; `partial` is the kernel's own.
+  void (*run_neurons)(const FfnWeights& weights, const ActiveNeurons& active, const TileX& x,
+                      int64_t begin, int64_t end, float* sum, float* partial);
 };
 
 extern const FfnKernels kFfnKernelsPortable;

@@ -9,23 +9,6 @@ namespace {
 
 // Steps of a dot product that are added up apart, so that none waits for the one before.
 constexpr int64_t kUnroll = 4;
-// For calls of several tokens. Rows of weights and tokens whose dot products are worked on
-// at once: a loaded weight serves all of the tokens, a loaded x all of the rows. It takes the 32
-// registers of AVX-512; with fewer, the tokens one by one are as fast.
-constexpr bool kHasTiles = kLanes == 16;
-constexpr int kTileRows = 4;
-constexpr int kDotTokens = 4;
-// Tokens, and pairs of columns, whose sums of output rows are kept in registers.
-constexpr int kAddTokens = 4;
-constexpr int kColumnPairs = 2;
-
-// Whether there are instructions for dot products of two elements of this type.
-template <typename W>
-constexpr bool kHasPairProducts = false;
-#if defined(__AVX512BF16__) && PRUNEPATH_LANES == 16
-template <>
-constexpr bool kHasPairProducts<BFloat16> = true;
-#endif
 
 constexpr int64_t kCacheLine = 64;
 
@@ -33,14 +16,38 @@ constexpr int64_t kCacheLine = 64;
 constexpr int64_t kPartialNeurons = 256;
 
 // How far ahead of the row that is worked on rows are asked for. One core's own misses keep too few
-// cache lines in flight for the memory's bandwidth.
-constexpr int64_t kAheadBytes = 8 << 10;
+// cache lines in flight for the memory's bandwidth, and the active rows are not next to each other.
+#ifndef AHEAD
+#define AHEAD (8 << 10)
+#endif
+constexpr int64_t kAheadBytes = AHEAD;
+
+// Neurons whose rows are read one by one: first all that a dot product with x needs, then all that
+// are added to y.
+constexpr int64_t kBlockNeurons = 16;
+
+// Calls of several tokens work on register tiles: a loaded weight serves several tokens, a loaded x
+// several rows. It takes the 32 registers of AVX-512; with fewer, the tokens one by one are as
+// fast.
+constexpr bool kHasTiles = kLanes == 16;
+constexpr int kTileRows = 4;
+constexpr int kTileTokensAtOnce = 4;
+constexpr int64_t kSpanNeurons = 64;
+#ifndef SPANKB
+#define SPANKB 128
+#endif
+constexpr int64_t kSpanBytes = int64_t{SPANKB} << 10;  // of output rows, which wait in the L2 cache
 
 // Elements that a step of the inner loops takes of every row: whole cache lines, whole pairs.
 template <typename W>
 constexpr int64_t step_size() {
   constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(W));
   return line > 2 * kLanes ? line : 2 * kLanes;
+}
+
+template <typename W>
+constexpr int64_t whole_steps(int64_t size) {
+  return size / step_size<W>() * step_size<W>();
 }
 
 // Asks for the cache lines of a step.
@@ -51,72 +58,75 @@ PRUNEPATH_INLINE void prefetch_step(const W* data) {
   }
 }
 
-template <typename W>
-PRUNEPATH_INLINE int64_t rows_ahead(int64_t size) {
-  const int64_t row_bytes = size * static_cast<int64_t>(sizeof(W));
-  return row_bytes < kAheadBytes / 16 ? 16 : (kAheadBytes + row_bytes - 1) / row_bytes;
+PRUNEPATH_INLINE float parameter(const Parameter& p, int64_t index) {
+  return p.data == nullptr ? 0.0f : load_as_float(p.data, p.dtype, index);
 }
 
-// Matrix rows in pairs (G = 2), a gate and its up, or single.
-template <int G, typename W>
-struct Rows {
-  const W* data;
-  int64_t stride;  // elements from a pair to the next
-  int64_t inner;   // from the first of a pair to the second
-
-  __attribute__((always_inline)) const W* row(int r) const {
-    return data + r / G * stride + r % G * inner;
+template <typename X>
+void widen_from(const X* x, int64_t stride, int64_t size, DType weights, float* out) {
+  const bool even_first = weights == DType::kBFloat16;
+  const int64_t whole = even_first ? whole_steps<BFloat16>(size) : 0;
+  for (int64_t i = 0; i < whole; i += 2 * kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      out[i + lane] = to_float(x[(i + 2 * lane) * stride]);
+      out[i + kLanes + lane] = to_float(x[(i + 2 * lane + 1) * stride]);
+    }
   }
-};
-
-// What a step adds to a dot product.
-template <typename W>
-PRUNEPATH_INLINE void dot_step(const W* x, const W* row, Pair& sum) {
-  for (int64_t j = 0; j < step_size<W>(); j += 2 * kLanes) {
-    const Pair xs = load_pair(x + j);
-    const Pair w = load_pair(row + j);
-    sum.a += xs.a * w.a;
-    sum.b += xs.b * w.b;
+  for (int64_t i = whole; i < size; ++i) {
+    out[i] = to_float(x[i * stride]);
   }
 }
 
-#if defined(__AVX512BF16__) && PRUNEPATH_LANES == 16
-// Products of bfloat16 are exact in float32, so that this differs in the order of the sum alone.
-PRUNEPATH_INLINE void dot_step(const BFloat16* x, const BFloat16* row, Pair& sum) {
-  const auto xs = (__m512bh)load_bits<Words>(x);
-  const auto w = (__m512bh)load_bits<Words>(row);
-  sum.a = (Floats)_mm512_dpbf16_ps((__m512)sum.a, xs, w);
+void widen(const void* x, DType dtype, int64_t stride, int64_t size, DType weights, float* out) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return widen_from(static_cast<const BFloat16*>(x), stride, size, weights, out);
+    case DType::kFloat16:
+      return widen_from(static_cast<const Float16*>(x), stride, size, weights, out);
+    default:
+      return widen_from(static_cast<const float*>(x), stride, size, weights, out);
+  }
 }
-#endif
 
-// x . row. Asks for the row at `ahead` meanwhile.
-template <typename W>
-PRUNEPATH_INLINE float dot_row(const W* __restrict x, const W* __restrict row, const W* ahead,
-                               int64_t size) {
+// out[t] = x[t] . row for T tokens, each of them in the same order whatever T is. Asks for the row
+// at `ahead` meanwhile.
+template <int T, typename W>
+PRUNEPATH_INLINE void dot_row(const float* const (&x)[T], const W* __restrict row, const W* ahead,
+                              int64_t size, float (&out)[T]) {
   constexpr int64_t kStep = step_size<W>();
-  Pair sums[kUnroll] = {};
+  Pair sums[T][kUnroll] = {};
+  const auto step = [&](int64_t i, int64_t u) {
+    for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
+      const Pair w = load_pair(row + j);
+      for (int t = 0; t < T; ++t) {
+        sums[t][u].a += load(x[t] + j) * w.a;
+        sums[t][u].b += load(x[t] + j + kLanes) * w.b;
+      }
+    }
+  };
   int64_t i = 0;
   for (; i + kUnroll * kStep <= size; i += kUnroll * kStep) {
     for (int64_t u = 0; u < kUnroll; ++u) {
       prefetch_step(ahead + i + u * kStep);
     }
     for (int64_t u = 0; u < kUnroll; ++u) {
-      dot_step(x + i + u * kStep, row + i + u * kStep, sums[u]);
+      step(i + u * kStep, u);
     }
   }
   for (; i + kStep <= size; i += kStep) {
     prefetch_step(ahead + i);
-    dot_step(x + i, row + i, sums[0]);
+    step(i, 0);
   }
-  Floats total = {};
-  for (const Pair& sum : sums) {
-    total += sum.a + sum.b;
+  for (int t = 0; t < T; ++t) {
+    Floats total = {};
+    for (const Pair& sum : sums[t]) {
+      total += sum.a + sum.b;
+    }
+    out[t] = sum_lanes(total);
+    for (int64_t j = i; j < size; ++j) {
+      out[t] += x[t][j] * to_float(row[j]);
+    }
   }
-  float sum = sum_lanes(total);
-  for (; i < size; ++i) {
-    sum += to_float(x[i]) * to_float(row[i]);
-  }
-  return sum;
 }
 
 // y += scale * row, y in the order of `Pair`. Asks for the row at `ahead` meanwhile.
@@ -149,26 +159,160 @@ PRUNEPATH_INLINE void add_row(float scale, const W* __restrict row, const W* ahe
   }
 }
 
-PRUNEPATH_INLINE float parameter(const Parameter& p, int64_t index) {
-  return p.data == nullptr ? 0.0f : load_as_float(p.data, p.dtype, index);
+template <typename W>
+PRUNEPATH_INLINE int64_t rows_ahead(int64_t size) {
+  const int64_t row_bytes = size * static_cast<int64_t>(sizeof(W));
+  const int64_t rows = (kAheadBytes + row_bytes - 1) / row_bytes;
+  return rows < kBlockNeurons ? rows : kBlockNeurons;
+}
+
+template <typename W>
+void dot_rows_typed(const float* x, int64_t num_tokens, const void* table, int64_t size,
+                    const Parameter& bias, int64_t begin, int64_t end, float* out,
+                    int64_t out_stride) {
+  const int64_t ahead = rows_ahead<W>(size);
+  for (int64_t r = begin; r < end; ++r) {
+    const W* row = static_cast<const W*>(table) + r * size;
+    const W* later = r + ahead < end ? row + ahead * size : row;
+    const float b = parameter(bias, r);
+    int64_t t = 0;
+    for (; t + 2 <= num_tokens; t += 2) {
+      float dots[2];
+      dot_row<2>({x + t * size, x + (t + 1) * size}, row, t == 0 ? later : row, size, dots);
+      out[t * out_stride + r] = dots[0] + b;
+      out[(t + 1) * out_stride + r] = dots[1] + b;
+    }
+    if (t < num_tokens) {
+      float dot[1];
+      dot_row<1>({x + t * size}, row, t == 0 ? later : row, size, dot);
+      out[t * out_stride + r] = dot[0] + b;
+    }
+  }
+}
+
+void dot_rows(const float* x, int64_t num_tokens, const void* table, DType dtype, int64_t size,
+              Parameter bias, int64_t begin, int64_t end, float* out, int64_t out_stride) {
+  const auto run = [&]() {
+    switch (dtype) {
+      case DType::kBFloat16:
+        return dot_rows_typed<BFloat16>;
+      case DType::kFloat16:
+        return dot_rows_typed<Float16>;
+      default:
+        return dot_rows_typed<float>;
+    }
+  }();
+  run(x, num_tokens, table, size, bias, begin, end, out, out_stride);
 }
 
 template <typename W>
 struct Task {
   const FfnWeights& weights;
-  const W* x;
-  int64_t x_stride;
-  float* partial;  // [tile, hidden_size] in the order of `Pair`
+  const ActiveNeurons& active;
+  const TileX& x;
+  float* partial;  // [num_tokens, hidden_size] in the order of `Pair`
+
+  // Row of a neuron, counted over the list: of the gate or up, or of the down projection.
+  template <bool kGated>
+  __attribute__((always_inline)) const W* in_row(int64_t place, int which) const {
+    const FfnLayout& layout = weights.layout;
+    const int64_t neuron = active.neurons[place];
+    return kGated && which == 0 ? static_cast<const W*>(weights.gate) + neuron * layout.gate_stride
+                                : static_cast<const W*>(weights.up) + neuron * layout.up_stride;
+  }
+  __attribute__((always_inline)) const W* down_row(int64_t place) const {
+    return static_cast<const W*>(weights.down) + active.neurons[place] * weights.layout.down_stride;
+  }
 };
 
+// The activation of a neuron whose dot products with x are `pre`.
+template <bool kGated>
+PRUNEPATH_INLINE float hidden_of(const FfnWeights& weights, int32_t neuron, const float* pre) {
+  if (!kGated) {
+    return activate(weights.activation, pre[0] + parameter(weights.up_bias, neuron));
+  }
+  return activate(weights.activation, pre[0] + parameter(weights.gate_bias, neuron)) *
+         (pre[1] + parameter(weights.up_bias, neuron));
+}
+
+// A block's rows in the order in which they are read.
+template <bool kGated, typename W>
+struct Block {
+  static constexpr int64_t kInputs = kGated ? 2 : 1;
+  int64_t size = 0;  // neurons
+  const W* rows[(kInputs + 1) * kBlockNeurons];
+
+  void fill(const Task<W>& task, int64_t begin, int64_t end) {
+    size = end - begin < kBlockNeurons ? end - begin : kBlockNeurons;
+    const W** row = rows;
+    for (int64_t i = begin; i < begin + size; ++i) {
+      for (int which = 0; which < kInputs; ++which) {
+        *row++ = task.template in_row<kGated>(i, which);
+      }
+    }
+    for (int64_t i = begin; i < begin + size; ++i) {
+      *row++ = task.down_row(i);
+    }
+  }
+
+  int64_t num_rows() const { return (kInputs + 1) * size; }
+};
+
+// Reads the neurons from `begin` to `end` row by row. While a row is worked on, the one that is
+// read kAheadBytes later is asked for, whichever table it is in.
+template <bool kGated, typename W>
+PRUNEPATH_INLINE void run_rows(const Task<W>& task, int64_t begin, int64_t end, int64_t last) {
+  constexpr int64_t G = kGated ? 2 : 1;
+  const int64_t H = task.weights.layout.hidden_size;
+  const int64_t ahead = rows_ahead<W>(H);
+  Block<kGated, W> blocks[2];
+  float values[kBlockNeurons][kTileTokens][G];  // dot products, then activations in [.][.][0]
+  blocks[0].fill(task, begin, end);
+  for (int64_t at = begin, turn = 0; at < end; at += kBlockNeurons, turn ^= 1) {
+    const Block<kGated, W>& block = blocks[turn];
+    Block<kGated, W>& next = blocks[turn ^ 1];
+    next.fill(task, at + block.size, last);
+    const auto later = [&](int64_t r) {
+      const int64_t target = r + ahead - block.num_rows();
+      return target < 0                 ? block.rows[r + ahead]
+             : target < next.num_rows() ? next.rows[target]
+                                        : block.rows[r];
+    };
+    for (int64_t r = 0; r < block.size * G; ++r) {
+      const W* ask = later(r);
+      for (uint64_t mask = task.active.masks[at + r / G]; mask != 0; mask &= mask - 1) {
+        const int t = __builtin_ctzll(mask);
+        float dot[1];
+        dot_row<1>({task.x.wide + t * H}, block.rows[r], ask, H, dot);
+        values[r / G][t][r % G] = dot[0];
+        ask = block.rows[r];
+      }
+    }
+    for (int64_t i = 0; i < block.size; ++i) {
+      for (uint64_t mask = task.active.masks[at + i]; mask != 0; mask &= mask - 1) {
+        float* value = values[i][__builtin_ctzll(mask)];
+        value[0] = hidden_of<kGated>(task.weights, task.active.neurons[at + i], value);
+      }
+    }
+    for (int64_t i = 0; i < block.size; ++i) {
+      const W* ask = later(block.size * G + i);
+      for (uint64_t mask = task.active.masks[at + i]; mask != 0; mask &= mask - 1) {
+        const int t = __builtin_ctzll(mask);
+        add_row(values[i][t][0], block.rows[block.size * G + i], ask, H, task.partial + t * H);
+        ask = block.rows[block.size * G + i];
+      }
+    }
+  }
+}
+
 // What a step adds to R x T dot products, of R rows of weights and T tokens.
-template <int R, int T, int G, typename W>
-PRUNEPATH_INLINE void tile_step(const W* const (&x)[T], const Rows<G, W>& rows, int64_t i,
+template <int R, int T, typename W>
+PRUNEPATH_INLINE void tile_step(const W* const (&x)[T], const W* const (&rows)[R], int64_t i,
                                 Floats (&sums)[R][T]) {
   for (int64_t j = i; j < i + step_size<W>(); j += 2 * kLanes) {
     Pair w[R];
     for (int r = 0; r < R; ++r) {
-      w[r] = load_pair(rows.row(r) + j);
+      w[r] = load_pair(rows[r] + j);
     }
     for (int t = 0; t < T; ++t) {
       const Pair xs = load_pair(x[t] + j);
@@ -182,12 +326,12 @@ PRUNEPATH_INLINE void tile_step(const W* const (&x)[T], const Rows<G, W>& rows, 
 
 #if defined(__AVX512BF16__) && PRUNEPATH_LANES == 16
 // Products of bfloat16 are exact in float32, so that this differs in the order of the sum alone.
-template <int R, int T, int G>
-PRUNEPATH_INLINE void tile_step(const BFloat16* const (&x)[T], const Rows<G, BFloat16>& rows,
+template <int R, int T>
+PRUNEPATH_INLINE void tile_step(const BFloat16* const (&x)[T], const BFloat16* const (&rows)[R],
                                 int64_t i, Floats (&sums)[R][T]) {
   __m512bh w[R];
   for (int r = 0; r < R; ++r) {
-    w[r] = (__m512bh)load_bits<Words>(rows.row(r) + i);
+    w[r] = (__m512bh)load_bits<Words>(rows[r] + i);
   }
   for (int t = 0; t < T; ++t) {
     const auto xs = (__m512bh)load_bits<Words>(x[t] + i);
@@ -198,303 +342,208 @@ PRUNEPATH_INLINE void tile_step(const BFloat16* const (&x)[T], const Rows<G, BFl
 }
 #endif
 
-// out[t * out_stride + r] = x[t] . row r, for R rows and T tokens. Asks for the cache lines from
-// `next` on, one a step of every row, where that is not null.
-template <int R, int T, int G, typename W>
-PRUNEPATH_INLINE void dot_tile(const W* const (&x)[T], const Rows<G, W>& rows, const W* next,
-                               int64_t size, float* __restrict out, int64_t out_stride) {
-  Floats sums[R][T] = {};
-  int64_t i = 0;
-  for (; i + step_size<W>() <= size; i += step_size<W>()) {
-    if (next != nullptr) {
-      for (int r = 0; r < R; r += G) {
-        prefetch_step(next + r / G * size + i);
+// Neurons that register tiles work on together.
+struct Span {
+  int64_t begin;  // place in the list
+  int64_t size;
+  float hidden[kTileTokens][kSpanNeurons];
+};
+
+// Activations of N neurons from the span's neuron `at` on, for T tokens that all of them serve.
+// Asks for the N rows of the down projection, and for the rows of the N neurons from `next` on, if
+// `ask`.
+template <int N, int T, bool kGated, typename W>
+PRUNEPATH_INLINE void dot_tile(const Task<W>& task, Span& span, int64_t at, const int* tokens,
+                               bool ask, int64_t next) {
+  constexpr int G = kGated ? 2 : 1;
+  const int64_t H = task.weights.layout.hidden_size;
+  const W* rows[N * G];
+  const W* asked[N * (G + 1)];
+  for (int i = 0; i < N; ++i) {
+    for (int g = 0; g < G; ++g) {
+      rows[i * G + g] = task.template in_row<kGated>(span.begin + at + i, g);
+      asked[i * (G + 1) + g] = task.template in_row<kGated>(next + i, g);
+    }
+    asked[i * (G + 1) + G] = task.down_row(span.begin + at + i);
+  }
+  const W* x[T];
+  for (int t = 0; t < T; ++t) {
+    x[t] = static_cast<const W*>(task.x.data) + tokens[t] * task.x.stride;
+  }
+  Floats sums[N * G][T] = {};
+  int64_t j = 0;
+  for (; j + step_size<W>() <= H; j += step_size<W>()) {
+    if (ask) {
+      for (const W* row : asked) {
+        prefetch_step(row + j);
       }
     }
-    tile_step<R, T>(x, rows, i, sums);
+    tile_step<N * G, T>(x, rows, j, sums);
   }
   for (int t = 0; t < T; ++t) {
-    float* to = out + t * out_stride;
-#if defined(__AVX512F__) && PRUNEPATH_LANES == 16
-    if constexpr (R == 4) {
-      store_lane_sums(&sums[0][t], T, to);
-    } else
-#endif
-    {
-      for (int r = 0; r < R; ++r) {
-        to[r] = sum_lanes(sums[r][t]);
+    for (int i = 0; i < N; ++i) {
+      float pre[G];
+      for (int g = 0; g < G; ++g) {
+        pre[g] = sum_lanes(sums[i * G + g][t]);
+        for (int64_t tail = j; tail < H; ++tail) {
+          pre[g] += to_float(x[t][tail]) * to_float(rows[i * G + g][tail]);
+        }
       }
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int64_t j = i; j < size; ++j) {
-        to[r] += to_float(x[t][j]) * to_float(rows.row(r)[j]);
-      }
+      span.hidden[tokens[t]][at + i] =
+          hidden_of<kGated>(task.weights, task.active.neurons[span.begin + at + i], pre);
     }
   }
 }
 
-// P pairs of columns of y[t] += sum over r of scale[t][r] * rows[r * size], for T tokens.
-template <int T, int P, typename W>
-PRUNEPATH_INLINE void add_columns(const float* const (&scale)[T], const W* __restrict rows,
-                                  int64_t num_rows, int64_t size, float* const (&y)[T], int64_t j) {
-  Pair sums[T][P] = {};
-  for (int64_t r = 0; r < num_rows; ++r) {
-    Pair w[P];
-    for (int p = 0; p < P; ++p) {
-      w[p] = load_pair(rows + r * size + j + p * 2 * kLanes);
+template <int N, int T, bool kGated, typename W>
+PRUNEPATH_INLINE void dot_tokens(const Task<W>& task, Span& span, int64_t at, const int* tokens,
+                                 int num_tokens, int64_t next, int first = 0) {
+  for (; first + T <= num_tokens; first += T) {
+    dot_tile<N, T, kGated>(task, span, at, tokens + first, first == 0, next);
+  }
+  if constexpr (T > 1) {
+    if (first < num_tokens) {
+      dot_tokens<N, T - 1, kGated>(task, span, at, tokens, num_tokens, next, first);
     }
-    for (int t = 0; t < T; ++t) {
-      for (int p = 0; p < P; ++p) {
-        sums[t][p].a += scale[t][r] * w[p].a;
-        sums[t][p].b += scale[t][r] * w[p].b;
+  }
+}
+
+PRUNEPATH_INLINE int list_bits(uint64_t mask, int* out) {
+  int count = 0;
+  for (; mask != 0; mask &= mask - 1) {
+    out[count++] = __builtin_ctzll(mask);
+  }
+  return count;
+}
+
+// P pairs of columns of y[t] += sum over the listed rows of hidden[t][row] * row, for T tokens.
+template <int T, int P, typename W>
+PRUNEPATH_INLINE void add_columns(const float* const (&hidden)[T], const W* const* rows,
+                                  const uint8_t* list, int64_t num_rows, int64_t j,
+                                  float* const (&y)[T]) {
+  Pair sums[T][P];
+  for (int t = 0; t < T; ++t) {
+    for (int p = 0; p < P; ++p) {
+      const float* from = y[t] + j + p * 2 * kLanes;
+      sums[t][p] = {load(from), load(from + kLanes)};
+    }
+  }
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const W* row = rows[list[i]] + j;
+    for (int p = 0; p < P; ++p) {
+      const Pair w = load_pair(row + p * 2 * kLanes);
+      for (int t = 0; t < T; ++t) {
+        sums[t][p].a += hidden[t][list[i]] * w.a;
+        sums[t][p].b += hidden[t][list[i]] * w.b;
       }
     }
   }
   for (int t = 0; t < T; ++t) {
     for (int p = 0; p < P; ++p) {
       float* to = y[t] + j + p * 2 * kLanes;
-      store(to, load(to) + sums[t][p].a);
-      store(to + kLanes, load(to + kLanes) + sums[t][p].b);
+      store(to, sums[t][p].a);
+      store(to + kLanes, sums[t][p].b);
     }
   }
 }
 
-// Neurons of one expert that are worked on together: first all dot products with x, then the sums
-// of output rows, so that both weights are read in long runs.
-constexpr int64_t kSpanNeurons = 64;
-constexpr int64_t kSpanBytes = int64_t{128}
-                               << 10;  // of output rows, which wait in the second-level cache
-
-struct Span {
-  int64_t neuron;  // the first
-  int64_t size;
-  int num_tokens;
-  int8_t tokens[kTileTokens];
-  float pre[kTileTokens * 2 * kSpanNeurons];              // [token, neuron, G]
-  float hidden[kTileTokens * kSpanNeurons];               // [token, neuron]
-  uint32_t hidden_pairs[kTileTokens * kSpanNeurons / 2];  // bfloat16
+// The neurons of a span that each of its tokens needs.
+struct TokenRows {
+  uint8_t list[kTileTokens][kSpanNeurons];
+  int size[kTileTokens];
 };
 
-// Pre-activations of N neurons from the span's neuron `at` on, for T tokens of its list.
-template <int N, int T, int G, typename W>
-PRUNEPATH_INLINE void dot_tokens(const Task<W>& task, Span& span, int64_t at, int first_token) {
-  const FfnWeights& weights = task.weights;
-  const int64_t stride = weights.in_strides.neuron;
-  const Rows<G, W> rows{static_cast<const W*>(weights.w_in) + (span.neuron + at) * stride, stride,
-                        weights.in_strides.inner};
-  const W* x[T];
-  for (int t = 0; t < T; ++t) {
-    x[t] = task.x + span.tokens[first_token + t] * task.x_stride;
-  }
-  const W* next = first_token == 0 ? static_cast<const W*>(weights.w_out) +
-                                         out_offset(weights.layout, span.neuron + at)
-                                   : nullptr;
-  dot_tile<N * G, T, G>(x, rows, next, weights.layout.hidden_size,
-                        span.pre + first_token * 2 * kSpanNeurons + at * G, 2 * kSpanNeurons);
-}
-
-template <int N, int T, int G, typename W>
-PRUNEPATH_INLINE void dot_some(const Task<W>& task, Span& span, int64_t at, int first_token) {
-  for (; first_token + T <= span.num_tokens; first_token += T) {
-    dot_tokens<N, T, G>(task, span, at, first_token);
+// Adds P pairs of columns of the span's down rows, T tokens at a time, which need the same neurons.
+template <int T, int P, typename W>
+PRUNEPATH_INLINE void add_tokens(const Task<W>& task, const Span& span, const TokenRows& needed,
+                                 const W* const* rows, const int* tokens, int num_tokens, int64_t j,
+                                 int first = 0) {
+  const int64_t H = task.weights.layout.hidden_size;
+  for (; first + T <= num_tokens; first += T) {
+    const float* hidden[T];
+    float* y[T];
+    for (int t = 0; t < T; ++t) {
+      hidden[t] = span.hidden[tokens[first + t]];
+      y[t] = task.partial + tokens[first + t] * H;
+    }
+    const int any = tokens[first];
+    add_columns<T, P>(hidden, rows, needed.list[any], needed.size[any], j, y);
   }
   if constexpr (T > 1) {
-    if (first_token < span.num_tokens) {
-      dot_some<N, T - 1, G>(task, span, at, first_token);
+    if (first < num_tokens) {
+      add_tokens<T - 1, P>(task, span, needed, rows, tokens, num_tokens, j, first);
     }
-  }
-}
-
-template <int N, int G, typename W>
-PRUNEPATH_INLINE void dot_neurons(const Task<W>& task, Span& span, int64_t& at) {
-  for (; at + N <= span.size; at += N) {
-    dot_some<N, kDotTokens, G>(task, span, at, 0);
   }
 }
 
 template <int T, int P, typename W>
-PRUNEPATH_INLINE void add_some(const Task<W>& task, const Span& span, const W* rows, int64_t j,
-                               int first_token) {
+PRUNEPATH_INLINE void add_span(const Task<W>& task, const Span& span, const TokenRows& needed,
+                               const W* const* rows, const int* tokens, int num_tokens) {
   const int64_t H = task.weights.layout.hidden_size;
-  for (; first_token + T <= span.num_tokens; first_token += T) {
-    const float* scale[T];
-    float* y[T];
-    for (int t = 0; t < T; ++t) {
-      scale[t] = span.hidden + (first_token + t) * kSpanNeurons;
-      y[t] = task.partial + span.tokens[first_token + t] * H;
-    }
-    add_columns<T, P>(scale, rows, span.size, H, y, j);
-  }
-  if constexpr (T > 1) {
-    if (first_token < span.num_tokens) {
-      add_some<T - 1, P>(task, span, rows, j, first_token);
-    }
-  }
-}
-
-#if defined(__AVX512BF16__) && PRUNEPATH_LANES == 16
-// bfloat16 pairs of neighbouring rows, and of neighbouring neurons' activations, rounded as dense
-// FFNs round them: one instruction then adds up two rows.
-struct RowPairs {
-  Words rows[kSpanNeurons / 2][2 * kColumnPairs];  // even and odd columns
-};
-
-template <int P>
-PRUNEPATH_INLINE void interleave(const BFloat16* rows, int64_t num_rows, int64_t size, int64_t j,
-                                 RowPairs& pairs) {
-  for (int64_t r = 0; r < num_rows; r += 2) {
-    for (int p = 0; p < P; ++p) {
-      const BFloat16* at = rows + r * size + j + p * 2 * kLanes;
-      const Words a = load_bits<Words>(at);
-      const Words b = r + 1 < num_rows ? load_bits<Words>(at + size) : Words{};
-      pairs.rows[r / 2][2 * p] = (a & 0xffffu) | (b << 16);
-      pairs.rows[r / 2][2 * p + 1] = (a >> 16) | (b & 0xffff0000u);
-    }
-  }
-}
-
-template <int T, int P>
-PRUNEPATH_INLINE void add_pairs(const Task<BFloat16>& task, const Span& span, const RowPairs& pairs,
-                                int64_t j, int first_token) {
-  const int64_t H = task.weights.layout.hidden_size;
-  for (; first_token + T <= span.num_tokens; first_token += T) {
-    Floats sums[T][2 * P] = {};
-    const uint32_t* scale = span.hidden_pairs + first_token * (kSpanNeurons / 2);
-    for (int64_t r = 0; r < (span.size + 1) / 2; ++r) {
-      for (int t = 0; t < T; ++t) {
-        const auto h =
-            (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(scale[t * (kSpanNeurons / 2) + r]));
-        for (int p = 0; p < 2 * P; ++p) {
-          sums[t][p] = (Floats)_mm512_dpbf16_ps((__m512)sums[t][p], (__m512bh)pairs.rows[r][p], h);
-        }
-      }
-    }
-    for (int t = 0; t < T; ++t) {
-      float* to = task.partial + span.tokens[first_token + t] * H + j;
-      for (int p = 0; p < 2 * P; ++p) {
-        store(to + p * kLanes, load(to + p * kLanes) + sums[t][p]);
-      }
-    }
-  }
-  if constexpr (T > 1) {
-    if (first_token < span.num_tokens) {
-      add_pairs<T - 1, P>(task, span, pairs, j, first_token);
-    }
-  }
-}
-
-template <int P>
-PRUNEPATH_INLINE void add_columns_of_all(const Task<BFloat16>& task, const Span& span,
-                                         const BFloat16* rows, int64_t j) {
-  RowPairs pairs;
-  interleave<P>(rows, span.size, task.weights.layout.hidden_size, j, pairs);
-  add_pairs<kAddTokens, P>(task, span, pairs, j, 0);
-}
-#endif
-
-template <int P, typename W>
-PRUNEPATH_INLINE void add_columns_of_all(const Task<W>& task, const Span& span, const W* rows,
-                                         int64_t j) {
-  add_some<kAddTokens, P>(task, span, rows, j, 0);
-}
-
-// Adds the span's output rows to every token of its list, column by column.
-template <typename W>
-PRUNEPATH_INLINE void add_tokens(const Task<W>& task, Span& span, const W* rows) {
-  const int64_t H = task.weights.layout.hidden_size;
-  if constexpr (kHasPairProducts<W>) {
-    for (int t = 0; t < span.num_tokens; ++t) {
-      for (int64_t r = 0; r < span.size; r += 2) {
-        BFloat16 low, high{0};
-        from_float(span.hidden[t * kSpanNeurons + r], &low);
-        if (r + 1 < span.size) {
-          from_float(span.hidden[t * kSpanNeurons + r + 1], &high);
-        }
-        span.hidden_pairs[(t * kSpanNeurons + r) / 2] =
-            static_cast<uint32_t>(high.bits) << 16 | low.bits;
-      }
-    }
-  }
-  const int64_t whole = H / step_size<W>() * step_size<W>();
   int64_t j = 0;
-  for (; j + 2 * kColumnPairs * kLanes <= whole; j += 2 * kColumnPairs * kLanes) {
-    add_columns_of_all<kColumnPairs>(task, span, rows, j);
+  for (; j + P * 2 * kLanes <= whole_steps<W>(H); j += P * 2 * kLanes) {
+    add_tokens<T, P>(task, span, needed, rows, tokens, num_tokens, j);
   }
-  for (; j < whole; j += 2 * kLanes) {
-    add_columns_of_all<1>(task, span, rows, j);
+  for (; j < whole_steps<W>(H); j += 2 * kLanes) {
+    add_tokens<1, 1>(task, span, needed, rows, tokens, num_tokens, j);
   }
-  for (; j < H; ++j) {
-    for (int t = 0; t < span.num_tokens; ++t) {
-      float& y = task.partial[span.tokens[t] * H + j];
-      for (int64_t r = 0; r < span.size; ++r) {
-        y += span.hidden[t * kSpanNeurons + r] * to_float(rows[r * H + j]);
+  for (int i = 0; i < num_tokens && j < H; ++i) {
+    const int t = tokens[i];
+    for (int r = 0; r < needed.size[t]; ++r) {
+      const uint8_t row = needed.list[t][r];
+      for (int64_t tail = j; tail < H; ++tail) {
+        task.partial[t * H + tail] += span.hidden[t][row] * to_float(rows[row][tail]);
       }
     }
   }
 }
 
-template <int G>
-PRUNEPATH_INLINE void activate_span(const FfnWeights& weights, Span& span) {
-  for (int t = 0; t < span.num_tokens; ++t) {
-    const float* pre = span.pre + t * 2 * kSpanNeurons;
-    float* hidden = span.hidden + t * kSpanNeurons;
-    for (int64_t r = 0; r < span.size; ++r) {
-      const int64_t bias = (span.neuron + r) * G;
-      float h = activate(weights.activation, pre[r * G] + parameter(weights.b_in, bias));
-      if (G == 2) {
-        h *= pre[r * G + 1] + parameter(weights.b_in, bias + 1);
+// Works on the neurons from `begin` to `end` in register tiles; `last` ends the list.
+template <bool kGated, typename W>
+PRUNEPATH_INLINE void run_tiles(const Task<W>& task, int64_t begin, int64_t end, int64_t last) {
+  constexpr int kNeurons = kTileRows / (kGated ? 2 : 1);
+  const uint64_t* masks = task.active.masks;
+  const int64_t row_bytes = task.weights.layout.hidden_size * static_cast<int64_t>(sizeof(W));
+  const int64_t fitting = kSpanBytes / row_bytes;
+  const int64_t longest = fitting < 8 ? 8 : fitting < kSpanNeurons ? fitting : kSpanNeurons;
+  Span span;
+  for (span.begin = begin; span.begin < end; span.begin += span.size) {
+    span.size = end - span.begin < longest ? end - span.begin : longest;
+    TokenRows needed = {};
+    const W* rows[kSpanNeurons];
+    uint64_t any = 0;
+    uint64_t all = ~uint64_t{0};
+    int tokens[kTileTokens];
+    for (int64_t at = 0; at < span.size;) {
+      const uint64_t mask = masks[span.begin + at];
+      const int num_tokens = list_bits(mask, tokens);
+      int64_t equal = 1;
+      while (equal < kNeurons && at + equal < span.size && masks[span.begin + at + equal] == mask) {
+        ++equal;
       }
-      hidden[r] = h - parameter(weights.center, span.neuron + r);
+      equal = equal == kNeurons ? equal : 1;
+      int64_t next = span.begin + at + equal;
+      next = next + equal <= last ? next : span.begin + at;
+      if (equal == kNeurons) {
+        dot_tokens<kNeurons, kTileTokensAtOnce, kGated>(task, span, at, tokens, num_tokens, next);
+      } else {
+        dot_tokens<1, kTileTokensAtOnce, kGated>(task, span, at, tokens, num_tokens, next);
+      }
+      for (int64_t i = at; i < at + equal; ++i) {
+        rows[i] = task.down_row(span.begin + i);
+        for (int t = 0; t < num_tokens; ++t) {
+          needed.list[tokens[t]][needed.size[tokens[t]]++] = static_cast<uint8_t>(i);
+        }
+      }
+      any |= mask;
+      all &= mask;
+      at += equal;
     }
-  }
-}
-
-template <int G, typename W>
-PRUNEPATH_INLINE void run_tiles(const Task<W>& task, Span& span) {
-  const FfnWeights& weights = task.weights;
-  int64_t at = 0;
-  dot_neurons<kTileRows / G, G>(task, span, at);
-  dot_neurons<1, G>(task, span, at);
-  activate_span<G>(weights, span);
-  const W* rows = static_cast<const W*>(weights.w_out) + out_offset(weights.layout, span.neuron);
-  add_tokens(task, span, rows);
-}
-
-// Reads the weights row by row as they lie in memory. While a row is worked on, the one that comes
-// kAheadBytes later is asked for, across the end of each matrix into the rows that follow: those of
-// the neurons from `next` on.
-template <int G, typename W>
-PRUNEPATH_INLINE void run_rows(const Task<W>& task, Span& span, int64_t next) {
-  const FfnWeights& weights = task.weights;
-  const int64_t H = weights.layout.hidden_size;
-  const int64_t in_rows = span.size * G;
-  const int64_t ahead = rows_ahead<W>(H);
-  const W* out = static_cast<const W*>(weights.w_out) + out_offset(weights.layout, span.neuron);
-  const auto in_row = [&](int64_t neuron, int64_t r) {
-    return static_cast<const W*>(weights.w_in) + (neuron + r / G) * weights.in_strides.neuron +
-           r % G * weights.in_strides.inner;
-  };
-  const auto row_ahead = [&](int64_t r) {
-    r += ahead;
-    return r < in_rows               ? in_row(span.neuron, r)
-           : r < in_rows + span.size ? out + (r - in_rows) * H
-                                     : in_row(next, r - in_rows - span.size);
-  };
-  for (int64_t r = 0; r < in_rows; ++r) {
-    const W* row = in_row(span.neuron, r);
-    const W* later = row_ahead(r);
-    for (int t = 0; t < span.num_tokens; ++t) {
-      span.pre[t * 2 * kSpanNeurons + r] =
-          dot_row(task.x + span.tokens[t] * task.x_stride, row, t == 0 ? later : row, H);
-    }
-  }
-  activate_span<G>(weights, span);
-  for (int64_t r = 0; r < span.size; ++r) {
-    const W* row = out + r * H;
-    const W* later = row_ahead(in_rows + r);
-    for (int t = 0; t < span.num_tokens; ++t) {
-      add_row(span.hidden[t * kSpanNeurons + r], row, t == 0 ? later : row, H,
-              task.partial + span.tokens[t] * H);
+    const int num_tokens = list_bits(any, tokens);
+    if (any == all) {
+      add_span<4, 2>(task, span, needed, rows, tokens, num_tokens);
+    } else {
+      add_span<1, 4>(task, span, needed, rows, tokens, num_tokens);
     }
   }
 }
@@ -508,7 +557,7 @@ PRUNEPATH_INLINE void flush(uint64_t mask, int64_t size, float* __restrict parti
     float* from = partial + __builtin_ctzll(mask) * size;
     float* to = sum + __builtin_ctzll(mask) * size;
     int64_t i = 0;
-    for (; i < size / step_size<W>() * step_size<W>(); i += 2 * kLanes) {
+    for (; i < whole_steps<W>(size); i += 2 * kLanes) {
       const Pair v = in_order({load(from + i), load(from + i + kLanes)}, (const W*)nullptr);
       store(to + i, load(to + i) + v.a);
       store(to + i + kLanes, load(to + i + kLanes) + v.b);
@@ -522,122 +571,44 @@ PRUNEPATH_INLINE void flush(uint64_t mask, int64_t size, float* __restrict parti
   }
 }
 
-// Neurons [neuron, end) of one expert for the tokens of a mask; `next` are worked on after them.
-template <int G, typename W>
-PRUNEPATH_INLINE void run_tokens(const Task<W>& task, Span& span, int64_t neuron, int64_t end,
-                                 int64_t next, uint64_t mask, bool tiles) {
-  span.num_tokens = 0;
-  for (; mask != 0; mask &= mask - 1) {
-    span.tokens[span.num_tokens++] = static_cast<int8_t>(__builtin_ctzll(mask));
-  }
-  int64_t longest = kSpanNeurons;
-  if (tiles) {
-    const int64_t row_bytes = task.weights.layout.hidden_size * static_cast<int64_t>(sizeof(W));
-    const int64_t fitting = kSpanBytes / (row_bytes + 1);
-    longest = fitting < 8 ? 8 : fitting < kSpanNeurons ? fitting : kSpanNeurons;
-  }
-  for (span.neuron = neuron; span.neuron < end; span.neuron += span.size) {
-    span.size = end - span.neuron < longest ? end - span.neuron : longest;
-    if (kHasTiles && tiles) {
-      run_tiles<G>(task, span);
+template <bool kGated, typename W>
+void run_neurons_typed(const FfnWeights& weights, const ActiveNeurons& active, const TileX& x,
+                       int64_t begin, int64_t end, float* sum, float* partial) {
+  const Task<W> task{weights, active, x, partial};
+  for (int64_t at = begin; at < end; at += kPartialNeurons) {
+    const int64_t to = end - at < kPartialNeurons ? end : at + kPartialNeurons;
+    // Not by a neuron's own tokens, so that what others choose changes no bit of a token.
+    if (kHasTiles && x.num_tokens > 1) {
+      run_tiles<kGated>(task, at, to, end);
     } else {
-      run_rows<G>(task, span, span.neuron + span.size < end ? span.neuron + span.size : next);
+      run_rows<kGated>(task, at, to, end);
     }
+    uint64_t touched = 0;
+    for (int64_t i = at; i < to; ++i) {
+      touched |= active.masks[i];
+    }
+    flush<W>(touched, weights.layout.hidden_size, partial, sum);
   }
 }
 
-template <int G, typename W>
-void run_neurons_typed(const FfnWeights& weights, const ActiveExperts& active, const void* x,
-                       int64_t x_stride, int64_t begin, int64_t end, float* sum, float* partial) {
-  const int64_t n = weights.layout.expert_width;
-  const int64_t H = weights.layout.hidden_size;
-  const Task<W> task{weights, static_cast<const W*>(x), x_stride, partial};
-  // Not by an expert's own tokens, so that what others choose changes no bit of a token.
-  const bool tiles = kHasTiles && active.num_tokens > 1;
-  Span span;
-  uint64_t touched = 0;
-  int64_t in_partial = 0;
-  while (begin < end) {
-    // The part of one expert that is in the range.
-    const int64_t position = begin / n;
-    const int32_t expert = active.experts[position];
-    const int64_t left = n - begin % n < end - begin ? n - begin % n : end - begin;
-    const int64_t room = kPartialNeurons - in_partial;
-    const int64_t size = left < room ? left : room;
-    const int64_t neuron = expert * n + begin % n;
-    begin += size;
-    const int64_t next = size < left   ? neuron + size
-                         : begin < end ? active.experts[position + 1] * n
-                                       : neuron;
-    touched |= active.masks[expert];
-    run_tokens<G>(task, span, neuron, neuron + size, next, active.masks[expert], tiles);
-    in_partial += size;
-    if (in_partial == kPartialNeurons) {
-      flush<W>(touched, H, partial, sum);
-      touched = 0;
-      in_partial = 0;
-    }
-  }
-  flush<W>(touched, H, partial, sum);
-}
-
-template <typename W>
-void router_logits_typed(const void* x, int64_t x_stride, int64_t num_tokens, int64_t hidden_size,
-                         int64_t num_experts, const void* weight, const Parameter& bias,
-                         int64_t begin, int64_t end, float* logits) {
-  const int64_t ahead = rows_ahead<W>(hidden_size);
-  for (int64_t e = begin; e < end; ++e) {
-    const W* row = static_cast<const W*>(weight) + e * hidden_size;
-    const W* next = e + ahead < end ? row + ahead * hidden_size : row;
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      logits[t * num_experts + e] =
-          dot_row(static_cast<const W*>(x) + t * x_stride, row, next, hidden_size);
-      next = row;
-    }
-  }
-  if (bias.data != nullptr) {
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      for (int64_t e = begin; e < end; ++e) {
-        logits[t * num_experts + e] += parameter(bias, e);
-      }
-    }
-  }
-}
-
-void run_neurons(const FfnWeights& weights, const ActiveExperts& active, const void* x,
-                 int64_t x_stride, int64_t begin, int64_t end, float* sum, float* partial) {
-  const bool gated = weights.layout.per_neuron == 2;
+void run_neurons(const FfnWeights& weights, const ActiveNeurons& active, const TileX& x,
+                 int64_t begin, int64_t end, float* sum, float* partial) {
+  const bool gated = weights.layout.gated;
   const auto run = [&]() {
     switch (weights.dtype) {
       case DType::kBFloat16:
-        return gated ? run_neurons_typed<2, BFloat16> : run_neurons_typed<1, BFloat16>;
+        return gated ? run_neurons_typed<true, BFloat16> : run_neurons_typed<false, BFloat16>;
       case DType::kFloat16:
-        return gated ? run_neurons_typed<2, Float16> : run_neurons_typed<1, Float16>;
+        return gated ? run_neurons_typed<true, Float16> : run_neurons_typed<false, Float16>;
       default:
-        return gated ? run_neurons_typed<2, float> : run_neurons_typed<1, float>;
+        return gated ? run_neurons_typed<true, float> : run_neurons_typed<false, float>;
     }
   }();
-  run(weights, active, x, x_stride, begin, end, sum, partial);
-}
-
-void router_logits(const void* x, int64_t x_stride, int64_t num_tokens, int64_t hidden_size,
-                   int64_t num_experts, const void* weight, DType dtype, Parameter bias,
-                   int64_t begin, int64_t end, float* logits) {
-  const auto run = [&]() {
-    switch (dtype) {
-      case DType::kBFloat16:
-        return router_logits_typed<BFloat16>;
-      case DType::kFloat16:
-        return router_logits_typed<Float16>;
-      default:
-        return router_logits_typed<float>;
-    }
-  }();
-  run(x, x_stride, num_tokens, hidden_size, num_experts, weight, bias, begin, end, logits);
+  run(weights, active, x, begin, end, sum, partial);
 }
 
 }  // namespace
 
-const FfnKernels PRUNEPATH_KERNELS = {run_neurons, router_logits};
+const FfnKernels PRUNEPATH_KERNELS = {widen, dot_rows, run_neurons};
 
 }  // namespace prunepath

@@ -12,7 +12,7 @@ namespace prunepath {
 
 struct RouteLimits {
   int64_t min_experts;
-  int64_t num_columns;  // max_experts, or the number of experts
+  int64_t max_experts;  // K: never 0
 };
 
 // A row of logits of any dtype.
@@ -25,15 +25,19 @@ struct LogitRow {
 // Experts that a row is padded to in the scratch memory.
 constexpr int64_t padded_experts(int64_t num_experts) { return (num_experts + 31) / 32 * 32 + 32; }
 
-// Bytes of scratch that `route_row` needs for a row of `num_experts` logits.
+// Bytes of scratch for a row of `num_experts` logits, aligned for uint64_t.
 constexpr int64_t route_scratch_size(int64_t num_experts) {
   return 6 * 4 * padded_experts(num_experts);
 }
 
 struct RouteKernels {
-  // Writes the active experts of `logits` [num_experts], most mass first, to `expert_ids`, and
-  // their probabilities to `probs` where that is not null; entries past the count are left alone.
-  // Returns the count. `scratch` is aligned for int32_t.
+  // Writes 1 for every active expert and 0 for the others to `mask` [num_experts]. Returns how many
+  // are active.
+  int32_t (*select_row)(const LogitRow& logits, int64_t num_experts, float threshold,
+                        RouteLimits limits, void* scratch, uint8_t* mask);
+
+  // Writes the active experts, most mass first, to `expert_ids` and their probabilities to `probs`;
+  // entries past the count are left alone. Returns the count.
   int32_t (*route_row)(const LogitRow& logits, int64_t num_experts, float threshold,
                        RouteLimits limits, void* scratch, int32_t* expert_ids, float* probs);
 };

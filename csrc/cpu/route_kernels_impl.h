@@ -2,6 +2,7 @@
 // PRUNEPATH_LANES and PRUNEPATH_KERNELS as ffn_kernels_impl.h says.
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "core/routing.h"
@@ -13,22 +14,23 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Counting how many experts go before each one is quadratic, but has no branches to mispredict.
-constexpr int64_t kMaxCounted = 64 * kLanes;
-
 struct Row {
   int64_t num_experts;  // E
   int64_t padded;       // E rounded up to whole pairs of vectors
-  float* logits;        // [padded], -inf after E
-  int32_t* mass;        // [padded], 0 after E
+  union {
+    float* logits;   // [padded], -inf after E
+    uint32_t* keys;  // what `weigh` makes of them: ordered_key of each, 0 after E
+  };
+  int32_t* mass;  // [padded], 0 after E
   float max;
-  int64_t total;
+  RoutingRule rule;
 
-  // Candidates for being active, in the order of their index, with room for a vector more.
-  float* candidate_logits;
-  int32_t* candidates;
+  // Experts that are left to look at, with room for a vector more.
+  uint32_t* candidate_keys;
+  int32_t* candidates;  // their mass in the search, then their ids
+  // For sorting; each pair of arrays that follow each other is one of 64-bit elements too.
   int32_t* ranks;
-  int32_t* order;  // the candidates, most mass first
+  int32_t* order;
 };
 
 Row lay_out(int64_t num_experts, void* scratch) {
@@ -42,16 +44,17 @@ Row lay_out(int64_t num_experts, void* scratch) {
   };
   row.logits = static_cast<float*>(take());
   row.mass = static_cast<int32_t*>(take());
-  row.candidate_logits = static_cast<float*>(take());
+  row.candidate_keys = static_cast<uint32_t*>(take());
   row.candidates = static_cast<int32_t*>(take());
   row.ranks = static_cast<int32_t*>(take());
   row.order = static_cast<int32_t*>(take());
   return row;
 }
 
-// Widens the logits and finds the largest. False if there is a NaN.
+// Widens the logits and finds the largest. A row with a NaN is taken as equal logits at a threshold
+// of 1.
 template <typename T>
-bool load_row(const T* logits, int64_t stride, Row& row) {
+void load_row(const T* logits, int64_t stride, Row& row) {
   const int64_t E = row.num_experts;
   int64_t e = 0;
   if (stride == 1) {
@@ -74,12 +77,14 @@ bool load_row(const T* logits, int64_t stride, Row& row) {
     max = z > max ? z : max;
   }
   row.max = -kInfinity;
-  bool has_nan = false;
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     row.max = max[lane] > row.max ? max[lane] : row.max;
-    has_nan |= is_nan[lane] != 0;
   }
-  return !has_nan;
+  if (lane_bits(is_nan) != 0) {
+    std::fill(row.logits, row.logits + E, 0.0f);
+    row.max = 0.0f;
+    row.rule.threshold = 1.0f;
+  }
 }
 
 #if defined(__AVX2__)
@@ -123,192 +128,250 @@ PRUNEPATH_INLINE Ints mass_of(float max, const float* logits) {
 }
 #endif
 
-// Sets `mass` and `total`.
+// Sets `mass`, its total and `keys`.
 PRUNEPATH_INLINE void weigh(Row& row) {
   Longs totals = {};
   for (int64_t i = 0; i < row.padded; i += kLanes) {
     const Ints mass = mass_of(row.max, row.logits + i);
     store(row.mass + i, mass);
     totals += ((Longs)mass & 0xffffffff) + (Longs)((LongWords)mass >> 32);
+    const Ints bits = (Ints)(load(row.logits + i) + 0.0f);
+    store(row.keys + i, (Words)bits ^ ((Words)(bits >> 31) | 0x80000000u));
   }
-  row.total = 0;
+  row.rule.total = 0;
   for (int64_t lane = 0; lane < kLanes / 2; ++lane) {
-    row.total += totals[lane];
+    row.rule.total += totals[lane];
   }
   for (int64_t e = row.num_experts; e < row.padded; ++e) {  // not 0 if every logit is -inf
-    row.total -= row.mass[e];
+    row.rule.total -= row.mass[e];
     row.mass[e] = 0;
+    row.keys[e] = 0;
   }
 }
 
-// A logit such that the experts of that logit and more cover the threshold, and not many more than
-// it takes. Float sums will do: what comes of it is checked.
-PRUNEPATH_INLINE float find_pivot(const Row& row, float threshold) {
-  const float needed = threshold * static_cast<float>(row.total);
-  float below = 0.0f;  // as far below the largest logit, experts do not cover the threshold
-  float step = 5.6f;
-  for (; step > 0.15f; step *= 0.5f) {
-    const float pivot = row.max - (below + step);
-    Floats sum = {};
-    for (int64_t i = 0; i < row.padded; i += kLanes) {
-      const Ints mass = load_bits<Ints>(row.mass + i) & (Ints)(load(row.logits + i) >= pivot);
-      sum += __builtin_convertvector(mass, Floats);
+Row make_row(const LogitRow& logits, int64_t num_experts, float threshold, RouteLimits limits,
+             void* scratch) {
+  Row row = lay_out(num_experts, scratch);
+  row.rule = {threshold, 0, limits.min_experts, limits.max_experts};
+  switch (logits.dtype) {
+    case DType::kBFloat16:
+      load_row(static_cast<const BFloat16*>(logits.data), logits.stride, row);
+      break;
+    case DType::kFloat16:
+      load_row(static_cast<const Float16*>(logits.data), logits.stride, row);
+      break;
+    default:
+      load_row(static_cast<const float*>(logits.data), logits.stride, row);
+      break;
+  }
+  weigh(row);
+  return row;
+}
+
+// Writes those of `values` whose bit is set to `out`, which has room for a vector.
+PRUNEPATH_INLINE void compress(uint32_t chosen, Ints values, void* out) {
+#if defined(__AVX512F__) && PRUNEPATH_LANES == 16
+  store(out, (Ints)_mm512_maskz_compress_epi32(static_cast<__mmask16>(chosen), (__m512i)values));
+#else
+  for (int32_t* to = static_cast<int32_t*>(out); chosen != 0; chosen &= chosen - 1) {
+    *to++ = values[__builtin_ctz(chosen)];
+  }
+#endif
+}
+
+// Experts are active iff their key is more than `key`, or equal and they are among the first
+// `ties`.
+struct Cutoff {
+  uint32_t key;
+  int64_t ties;
+  int64_t count;  // of active experts
+};
+
+// Mass and number of experts in one word: a row has at most 2^16 experts and 2^46 units of mass.
+constexpr int kCountShift = 47;
+constexpr uint64_t kMassMask = (uint64_t{1} << kCountShift) - 1;
+constexpr int kDigitBits = 11;
+constexpr uint32_t kDigits = 1 << kDigitBits;
+constexpr int64_t kMaxWalked = 32;
+
+// Radix search from the highest digit of the keys: mass is summed by digit, and the digit in which
+// the last active expert is leaves fewer candidates for the next.
+Cutoff find_cutoff(const Row& row) {
+  const uint32_t* keys = row.keys;
+  const int32_t* mass = row.mass;
+  int64_t candidates = row.num_experts;
+  int64_t rank = 0;  // experts that are active for sure, and their mass
+  int64_t before = 0;
+  const auto all_active = [&](int64_t count, int64_t sum) {
+    return is_active(row.rule, rank + count, before + sum);
+  };
+  for (int shift = 32 - kDigitBits; candidates > kMaxWalked && shift > -kDigitBits;
+       shift -= kDigitBits) {
+    const int down = std::max(shift, 0);
+    uint64_t sums[kDigits] = {};
+    for (int64_t i = 0; i < candidates; ++i) {
+      sums[(keys[i] >> down) % kDigits] +=
+          uint64_t{1} << kCountShift | static_cast<uint64_t>(mass[i]);
     }
-    below += sum_lanes(sum) < needed ? step : 0.0f;
+    uint32_t digit = kDigits - 1;
+    for (;; --digit) {
+      const int64_t count = static_cast<int64_t>(sums[digit] >> kCountShift);
+      const int64_t sum = static_cast<int64_t>(sums[digit] & kMassMask);
+      if (count > 0 && !all_active(count, sum)) {
+        break;
+      }
+      rank += count;
+      before += sum;
+    }
+    int64_t kept = 0;
+    for (int64_t i = 0; i < candidates; i += kLanes) {
+      const Words key = load_bits<Words>(keys + i);
+      const Ints weight = load_bits<Ints>(mass + i);
+      uint32_t chosen = lane_bits((Ints)((key >> down) % kDigits == digit));
+      if (candidates - i < kLanes) {
+        chosen &= (1u << (candidates - i)) - 1;
+      }
+      compress(chosen, (Ints)key, row.candidate_keys + kept);
+      compress(chosen, weight, row.candidates + kept);
+      kept += __builtin_popcount(chosen);
+    }
+    keys = row.candidate_keys;
+    mass = row.candidates;
+    candidates = kept;
   }
-  return row.max - (below + 2 * step);
+  // Few are left, or all are equal: from the largest key to the next.
+  for (uint32_t limit = UINT32_MAX;;) {
+    uint32_t key = 0;
+    for (int64_t i = 0; i < candidates; ++i) {
+      key = keys[i] <= limit ? std::max(key, keys[i]) : key;
+    }
+    int64_t count = 0;
+    int64_t weight = 0;  // of one of them
+    for (int64_t i = 0; i < candidates; ++i) {
+      count += keys[i] == key;
+      weight = keys[i] == key ? mass[i] : weight;
+    }
+    if (!all_active(count, count * weight)) {
+      const int64_t ties = active_ties(row.rule, rank, before, count, weight);
+      return {key, ties, rank + ties};
+    }
+    rank += count;
+    before += count * weight;
+    limit = key - 1;
+  }
 }
 
-// Lists the experts of logits from `pivot` on; returns how many there are.
-PRUNEPATH_INLINE int64_t list_candidates(const Row& row, float pivot) {
-  int64_t count = 0;
+// Calls `take` with the first expert of every vector and the bits of those that are active.
+template <typename Take>
+PRUNEPATH_INLINE void for_active(const Row& row, Cutoff cutoff, const Take& take) {
   for (int64_t i = 0; i < row.padded; i += kLanes) {
-    const Floats z = load(row.logits + i);
-#if defined(__AVX512F__) && PRUNEPATH_LANES == 16
-    const __mmask16 chosen = _mm512_cmp_ps_mask((__m512)z, _mm512_set1_ps(pivot), _CMP_GE_OQ);
-    store(row.candidate_logits + count, (Floats)_mm512_maskz_compress_ps(chosen, (__m512)z));
-    store(row.candidates + count,
-          (Ints)_mm512_maskz_compress_epi32(chosen, (__m512i)(lane_numbers() + (int32_t)i)));
-    count += __builtin_popcount(chosen);
-#else
-    uint32_t chosen = lane_bits(z >= pivot);
-    for (; chosen != 0; chosen &= chosen - 1) {
-      const int64_t e = i + __builtin_ctz(chosen);
-      row.candidate_logits[count] = row.logits[e];
-      row.candidates[count] = static_cast<int32_t>(e);
-      ++count;
+    const Words key = load_bits<Words>(row.keys + i);
+    uint32_t active = lane_bits((Ints)(key > cutoff.key));
+    uint32_t ties = lane_bits((Ints)(key == cutoff.key));
+    for (; ties != 0 && cutoff.ties > 0; ties &= ties - 1, --cutoff.ties) {
+      active |= ties & -ties;
     }
-#endif
+    take(i, active);
   }
-  // Padding follows all experts, and only -inf lets it in.
-  return count < row.num_experts ? count : row.num_experts;
 }
 
-// Adds 1 to the lanes of `counts` whose `b` is less than `a`, or equal to it too.
-template <bool kOrEqual>
-PRUNEPATH_INLINE Ints count_less(Ints counts, float a, Floats b) {
-#if defined(__AVX512F__) && PRUNEPATH_LANES == 16
-  const __mmask16 less =
-      _mm512_cmp_ps_mask((__m512)b, _mm512_set1_ps(a), kOrEqual ? _CMP_LE_OQ : _CMP_LT_OQ);
-  return (Ints)_mm512_mask_add_epi32((__m512i)counts, less, (__m512i)counts, _mm512_set1_epi32(1));
-#else
-  return counts - (kOrEqual ? (Ints)(b <= a) : (Ints)(b < a));
-#endif
+int32_t select_row(const LogitRow& logits, int64_t num_experts, float threshold, RouteLimits limits,
+                   void* scratch, uint8_t* mask) {
+  if (!(threshold < 1.0f) && limits.max_experts == num_experts) {
+    std::memset(mask, 1, static_cast<size_t>(num_experts));
+    return static_cast<int32_t>(num_experts);
+  }
+  const Row row = make_row(logits, num_experts, threshold, limits, scratch);
+  const Cutoff cutoff = find_cutoff(row);
+  for_active(row, cutoff, [&](int64_t first, uint32_t active) {
+    if (first + kLanes <= num_experts) {
+      spread_bits(active, mask + first);
+    } else {
+      for (int64_t e = first; e < num_experts; ++e) {
+        mask[e] = active >> (e - first) & 1;
+      }
+    }
+  });
+  return static_cast<int32_t>(cutoff.count);
 }
 
-// ranks[i] = how many candidates go before candidate i, for the B vectors of them from `first` on.
-template <int B>
+// Counting how many experts go before each one is quadratic, but has no branches to mispredict.
+constexpr int64_t kMaxCounted = 16 * kLanes;
+
+// ranks[i] = how many of the `count` candidates, which are in the order of their index, go before
+// candidate i, for the vector of them from `first` on.
 PRUNEPATH_INLINE void count_before(const Row& row, int64_t count, int64_t first) {
-  const float* logits = row.candidate_logits;
-  Floats z[B];
-  Ints ranks[B] = {};
-  for (int b = 0; b < B; ++b) {
-    z[b] = load(logits + first + b * kLanes);
-  }
+  const uint32_t* keys = row.candidate_keys;
+  const Words key = load_bits<Words>(keys + first);
+  Ints ranks = {};
   for (int64_t j = 0; j < first; ++j) {
-    for (int b = 0; b < B; ++b) {
-      ranks[b] = count_less<true>(ranks[b], logits[j], z[b]);
-    }
+    ranks -= (Ints)(key <= keys[j]);
   }
-  for (int of_j = 0; of_j < B; ++of_j) {  // the vector that j is in
-    const int64_t begin = first + of_j * kLanes;
-    const int64_t end = std::min(begin + kLanes, count);
-    for (int64_t j = begin; j < end; ++j) {
-      for (int b = 0; b < of_j; ++b) {
-        ranks[b] = count_less<false>(ranks[b], logits[j], z[b]);
-      }
-      const Ints is_later = lane_numbers() > static_cast<int32_t>(j - begin);
-      ranks[of_j] -= (Ints)(z[of_j] < logits[j]) | ((Ints)(z[of_j] == logits[j]) & is_later);
-      for (int b = of_j + 1; b < B; ++b) {
-        ranks[b] = count_less<true>(ranks[b], logits[j], z[b]);
-      }
-    }
+  for (int64_t j = first; j < std::min(first + kLanes, count); ++j) {
+    const Ints is_later = lane_numbers() > static_cast<int32_t>(j - first);
+    ranks -= (Ints)(key < keys[j]) | ((Ints)(key == keys[j]) & is_later);
   }
-  for (int64_t j = first + B * kLanes; j < count; ++j) {
-    for (int b = 0; b < B; ++b) {
-      ranks[b] = count_less<false>(ranks[b], logits[j], z[b]);
-    }
+  for (int64_t j = first + kLanes; j < count; ++j) {
+    ranks -= (Ints)(key < keys[j]);
   }
-  for (int b = 0; b < B; ++b) {
-    store(row.ranks + first + b * kLanes, ranks[b]);
-  }
+  store(row.ranks + first, ranks);
 }
 
-// Sets `order`.
+// Sorts the candidates, most mass first, into `order`; ties keep the order of their index.
 void sort_candidates(const Row& row, int64_t count) {
-  if (count > kMaxCounted) {
-    std::copy(row.candidates, row.candidates + count, row.order);
-    std::sort(row.order, row.order + count, [&](int32_t a, int32_t b) {
-      return goes_before(row.logits[a], a, row.logits[b], b);
-    });
+  if (count <= kMaxCounted) {
+    for (int64_t first = 0; first < count; first += kLanes) {
+      count_before(row, count, first);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      row.order[row.ranks[i]] = row.candidates[i];
+    }
     return;
   }
-  int64_t first = 0;
-  for (; first + 4 * kLanes <= count; first += 4 * kLanes) {
-    count_before<4>(row, count, first);
+  // Radix sort from the lowest digit: stable, so it keeps the index order among ties.
+  uint32_t* keys = row.candidate_keys;
+  int32_t* ids = row.candidates;
+  uint32_t* to_keys = reinterpret_cast<uint32_t*>(row.ranks);
+  int32_t* to_ids = row.order;
+  for (int shift = 0; shift < 32; shift += kDigitBits) {
+    int32_t ends[kDigits + 1] = {};  // shifted by one, so that ends[d + 1] counts digit d
+    for (int64_t i = 0; i < count; ++i) {
+      ++ends[(~keys[i] >> shift) % kDigits + 1];
+    }
+    for (uint32_t digit = 0; digit < kDigits; ++digit) {
+      ends[digit + 1] += ends[digit];
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t to = ends[(~keys[i] >> shift) % kDigits]++;
+      to_keys[to] = keys[i];
+      to_ids[to] = ids[i];
+    }
+    std::swap(keys, to_keys);
+    std::swap(ids, to_ids);
   }
-  for (; first < count; first += kLanes) {
-    count_before<1>(row, count, first);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    row.order[row.ranks[i]] = row.candidates[i];
-  }
+  static_assert((32 + kDigitBits - 1) / kDigitBits % 2 == 1, "the result is in `order`");
 }
 
 int32_t route_row(const LogitRow& logits, int64_t num_experts, float threshold, RouteLimits limits,
                   void* scratch, int32_t* expert_ids, float* probs) {
-  Row row = lay_out(num_experts, scratch);
-  const bool is_ordered = [&] {
-    switch (logits.dtype) {
-      case DType::kBFloat16:
-        return load_row(static_cast<const BFloat16*>(logits.data), logits.stride, row);
-      case DType::kFloat16:
-        return load_row(static_cast<const Float16*>(logits.data), logits.stride, row);
-      default:
-        return load_row(static_cast<const float*>(logits.data), logits.stride, row);
-    }
-  }();
-  if (!is_ordered) {
-    // Fails open: routed as equal logits at a threshold of 1.
-    for (int64_t e = 0; e < limits.num_columns; ++e) {
-      expert_ids[e] = static_cast<int32_t>(e);
-      if (probs != nullptr) {
-        probs[e] = probability(1, num_experts);
-      }
-    }
-    return static_cast<int32_t>(limits.num_columns);
+  const Row row = make_row(logits, num_experts, threshold, limits, scratch);
+  const Cutoff cutoff = find_cutoff(row);
+  int64_t listed = 0;
+  for_active(row, cutoff, [&](int64_t first, uint32_t active) {
+    compress(active, load_bits<Ints>(row.keys + first), row.candidate_keys + listed);
+    compress(active, lane_numbers() + static_cast<int32_t>(first), row.candidates + listed);
+    listed += __builtin_popcount(active);
+  });
+  sort_candidates(row, cutoff.count);
+  for (int64_t i = 0; i < cutoff.count; ++i) {
+    expert_ids[i] = row.order[i];
+    probs[i] = probability(row.mass[row.order[i]], row.rule.total);
   }
-
-  weigh(row);
-  float pivot = threshold < 1.0f ? find_pivot(row, threshold) : -kInfinity;
-  int64_t count;
-  while (true) {
-    const int64_t candidates = list_candidates(row, pivot);
-    sort_candidates(row, candidates);
-    int64_t before = 0;
-    const auto is_active = [&] {
-      return count < limits.num_columns &&
-             (count < limits.min_experts || is_needed(before, threshold, row.total));
-    };
-    for (count = 0; count < candidates && is_active(); ++count) {
-      expert_ids[count] = row.order[count];
-      before += row.mass[row.order[count]];
-    }
-    if (candidates == num_experts || !is_active()) {
-      break;
-    }
-    pivot = -kInfinity;
-  }
-  if (probs != nullptr) {
-    for (int64_t i = 0; i < count; ++i) {
-      probs[i] = probability(row.mass[expert_ids[i]], row.total);
-    }
-  }
-  return static_cast<int32_t>(count);
+  return static_cast<int32_t>(cutoff.count);
 }
 
 }  // namespace
 
-const RouteKernels PRUNEPATH_KERNELS = {route_row};
+const RouteKernels PRUNEPATH_KERNELS = {select_row, route_row};
 
 }  // namespace prunepath

@@ -131,6 +131,18 @@ PRUNEPATH_INLINE uint32_t lane_bits(Ints is_set) {
 #endif
 }
 
+// Writes the kLanes lowest bits as bytes of 0 or 1.
+PRUNEPATH_INLINE void spread_bits(uint32_t bits, uint8_t* out) {
+#if defined(__AVX512F__) && PRUNEPATH_LANES == 16
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                   _mm_maskz_set1_epi8(static_cast<__mmask16>(bits), 1));
+#else
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    out[lane] = bits >> lane & 1;
+  }
+#endif
+}
+
 PRUNEPATH_INLINE float sum_lanes(Floats v) {
 #if defined(__AVX512F__) && PRUNEPATH_LANES == 16
   return _mm512_reduce_add_ps((__m512)v);
@@ -145,21 +157,6 @@ PRUNEPATH_INLINE float sum_lanes(Floats v) {
   return sums[0];
 #endif
 }
-
-#if defined(__AVX512F__) && PRUNEPATH_LANES == 16
-// Writes the sums of the lanes of four vectors that are `stride` vectors apart, in a third of the
-// instructions that it takes one by one.
-PRUNEPATH_INLINE void store_lane_sums(const Floats* v, int64_t stride, float* out) {
-  const auto a = (__m512)v[0], b = (__m512)v[stride];
-  const auto c = (__m512)v[2 * stride], d = (__m512)v[3 * stride];
-  const auto ab = (__m512d)(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
-  const auto cd = (__m512d)(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
-  const __m512 abcd =
-      (__m512)_mm512_unpacklo_pd(ab, cd) + (__m512)_mm512_unpackhi_pd(ab, cd);  // in every quarter
-  const __m256 half = _mm512_castps512_ps256(abcd) + _mm512_extractf32x8_ps(abcd, 1);
-  _mm_storeu_ps(out, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
-}
-#endif
 
 }  // namespace
 }  // namespace prunepath

@@ -44,6 +44,9 @@ inline Tensor new_tensor(std::initializer_list<int64_t> shape, ScalarType dtype)
     case ScalarType::Int:
       dtype_code = aoti_torch_dtype_int32();
       break;
+    case ScalarType::Bool:
+      dtype_code = aoti_torch_dtype_bool();
+      break;
     default:
       break;
   }
