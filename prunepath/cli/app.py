@@ -25,8 +25,16 @@ from prunepath.errors import PrunePathError
 
 
 class Group(typer.core.TyperGroup):
+    def main(self, *arguments, **options):
+        try:
+            return super().main(*arguments, **options)
+        except SystemExit as end:
+            if end.code == 130:
+                typer.echo("Interrupted.", err=True)
+            raise
+
     def invoke(self, ctx):
-        """An expected error is one sentence and exit code 2, an interrupt one word and 130, whichever command it is."""
+        """An expected error is one sentence and exit code 2, whichever command meets it; an interrupt is 130."""
         warnings.showwarning = lambda message, *rest, **more: typer.echo(f"Warning: {message}", err=True)
         try:
             return super().invoke(ctx)
@@ -34,7 +42,6 @@ class Group(typer.core.TyperGroup):
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.echo("Interrupted.", err=True)
             raise typer.Exit(130) from None
 
 

@@ -78,25 +78,26 @@ class ModelOptions:
         if device.partition(":")[0] == "cpu":
             raise PrunePathError("Expected a GPU to hold experts for --gpu-experts, got --device cpu.")
         check_device(device)
-        model, tokenizer = dataclasses.replace(self, device=None, backend=None).load(name)
-        dataclasses.replace(self, device=device).choose_backend()
+        prunepath = import_prunepath()
         from prunepath.memory.offload import offload_experts
 
+        dataclasses.replace(self, device=device).choose_backend()
+        model, tokenizer = prunepath.load(name, dtype=self.dtype)
         return model, tokenizer, offload_experts(model, size, device)
 
     def choose_backend(self) -> None:
-        """Makes the backend this process's.
+        """Makes the backend this process's, before work is done that would need it.
 
         Raises:
-            BackendError: it does not work here or on the device.
+            BackendError, NativeLibraryError: it does not work here or on the device.
         """
+        import torch
+
+        from prunepath import ops
+
         if self.backend is not None:
-            import torch
-
-            from prunepath import ops
-
             ops.use_backend(self.backend)
-            ops.resolve_backend(torch.device(self.device or "cpu"))
+        ops.resolve_backend(torch.device(self.device or "cpu"))
 
 
 def import_prunepath():

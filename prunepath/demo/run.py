@@ -26,8 +26,7 @@ from prunepath.eval.tradeoff import tradeoff
 BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.1)
 SAMPLE_BUDGETS = (1.0, 0.5, 0.25, 0.1)
 PROMPT = 'class Stack:\n    """A last-in, first-out collection."""\n\n    def __init__(self'
-# Sizes that keep the demo at about two minutes on two cores.
-CONFIG = prunepath.PrunePathConfig(num_experts=64, partition_tokens=2048, router_tokens=65536, calibration_tokens=2048)
+CONFIG = prunepath.PrunePathConfig()
 SEQUENCE_LENGTH = 512
 HELD_OUT_TOKENS = 16384
 HELD_OUT_CHARACTERS = 1600
@@ -93,7 +92,7 @@ def run(out: str | Path, *, progress: Callable[[str], None] = lambda line: None)
                 "layers": len(prunepath.sparse_ffns(model)),
                 "hidden_size": dense.config.hidden_size,
                 "intermediate_size": dense.config.intermediate_size,
-                "num_experts": CONFIG.num_experts,
+                "num_experts": next(iter(prunepath.sparse_ffns(model).values())).num_experts,
                 "perplexity": reference.perplexity,
                 "bits_per_byte": reference.bits_per_byte,
             },

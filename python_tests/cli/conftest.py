@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from prunepath.cli import app
+from prunepath.cli.app import app
 
 CONVERT_OPTIONS = (
     "--num-experts 8 --sequence-length 32 --partition-tokens 256 --router-tokens 512 --calibration-tokens 256"

@@ -49,7 +49,26 @@ def test_experts_that_do_not_divide_the_width_are_refused_with_the_nearest_that_
 def test_a_knob_out_of_range_is_refused_before_any_work(refused, corpus, command, knob, value):
     arguments = ("--data", corpus) if command == "eval" else ("prompt",)
     message = refused(command, "no/such/model", *arguments, f"--{knob}={value}")
-    assert f"{knob} must be in (0, 1], got {value}" in message
+    assert f"{knob} must be" in message
+    assert f"got {value}" in message
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("convert", "--router-learning-rate"),
+        ("train", "--learning-rate"),
+        ("train", "--router-learning-rate"),
+        ("train", "--distillation-weight"),
+        ("generate", "--temperature"),
+        ("generate", "--top-p"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused_before_any_work(refused, corpus, command, option, value):
+    arguments = ("prompt",) if command == "generate" else ("out", "--data", corpus)
+    message = refused(command, "no/such/model", *arguments, f"{option}={value}")
+    assert message == f"Error: {option} must be a finite number, got {value}."
 
 
 def test_a_list_of_budgets_that_is_not_numbers_is_quoted(refused, corpus):
@@ -130,11 +149,11 @@ def rewritten(folder, change):
 
 
 def drop_router(tensors):
-    del tensors["model.layers.1.mlp.router.weight"]
+    del tensors["model.layers.1.mlp.router.w_out"]
 
 
 def shrink_router(tensors):
-    name = "model.layers.1.mlp.router.weight"
+    name = "model.layers.1.mlp.router.w_out"
     tensors[name] = tensors[name][:4].clone()
 
 
@@ -240,7 +259,7 @@ def test_a_missing_native_library_is_one_sentence_that_says_how_to_get_it(dense_
     )
     result = subprocess.run(
         [sys.executable, "-m", "prunepath.cli", "convert", dense_folder, tmp_path / "out", "--data", corpus],
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site"), "PRUNEPATH_BACKEND": "auto"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -3,14 +3,20 @@
 import dataclasses
 import importlib.metadata
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import prunepath
-from prunepath.cli import app
+from prunepath.cli.app import app
+from prunepath.config import FineTuning
+from prunepath.ops import backend
 
 
 def options(*values):
@@ -27,14 +33,14 @@ def test_convert_writes_a_checkpoint_that_loads_sparse_with_its_options(
 ):
     out = tmp_path / "deep" / "out"
     result = prunepath_command(
-        "convert", dense_folder, out, "--data", corpus, *CONVERT, "--partition", "random", "--seed", 3, "--no-center"
+        "convert", dense_folder, out, "--data", corpus, *CONVERT, "--partition", "random", "--seed", 3
     )
     assert result.exit_code == 0, result.output
     assert str(out) in result.stdout
     model = AutoModelForCausalLM.from_pretrained(out)
     assert prunepath.is_sparse(model)
     config = model.config.quantization_config["config"]
-    assert (config["num_experts"], config["partition"], config["seed"], config["center"]) == (8, "random", 3, False)
+    assert (config["num_experts"], config["partition"], config["seed"]) == (8, "random", 3)
     assert [entry.name for entry in out.parent.iterdir()] == ["out"]
 
 
@@ -48,18 +54,55 @@ def test_a_conversion_goes_on_only_if_asked_to(prunepath_command, dense_folder, 
     assert {entry.name for entry in tmp_path.iterdir()} == {"dense", "out"}
 
 
-def test_every_field_of_the_configuration_is_an_option_with_its_default():
+def test_experts_have_one_neuron_and_routers_the_rank_that_is_asked_for(
+    prunepath_command, dense_folder, corpus, tmp_path
+):
+    out = tmp_path / "out"
+    options = ["--router-rank", 4, *CONVERT[2:]]
+    result = prunepath_command("convert", dense_folder, out, "--data", corpus, *options)
+    assert result.exit_code == 0, result.output
+    for ffn in prunepath.sparse_ffns(AutoModelForCausalLM.from_pretrained(out)).values():
+        assert (ffn.expert_width, ffn.router.rank) == (1, 4)
+    dense, sparse = load_file(dense_folder / "model.safetensors"), load_file(out / "model.safetensors")
+    assert all(torch.equal(dense[name], sparse[name]) for name in dense)
+
+
+@pytest.mark.parametrize(("command", "kind"), [("convert", prunepath.PrunePathConfig), ("train", FineTuning)])
+def test_every_field_of_a_configuration_is_an_option_with_its_default(command, kind):
     from typer.main import get_command
 
-    parameters = {parameter.name: parameter for parameter in get_command(app).commands["convert"].params}
-    for field in dataclasses.fields(prunepath.PrunePathConfig):
+    parameters = {parameter.name: parameter for parameter in get_command(app).commands[command].params}
+    for field in dataclasses.fields(kind):
         assert parameters[field.name].default == field.default, field.name
+        assert parameters[field.name].help, field.name
+
+
+@pytest.mark.parametrize("command", ["convert", "train", "eval", "report", "generate", "pack", "info", "demo"])
+def test_every_command_explains_itself(prunepath_command, command):
+    result = prunepath_command(command, "--help")
+    assert result.exit_code == 0
+    assert f"{command} [OPTIONS]" in result.stdout
+    assert "--json" in result.stdout
+    assert "`" not in result.stdout
+
+
+def test_a_backend_is_of_the_process_and_not_of_the_checkpoint(
+    prunepath_command, refused, sparse_folder, dense_folder, corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(backend, "_chosen", backend._chosen)
+    if not torch.cuda.is_available():
+        assert "cuda" in refused("generate", sparse_folder, "Bird", "--backend", "cuda")
+    out = tmp_path / "out"
+    result = prunepath_command("convert", dense_folder, out, "--data", corpus, *CONVERT, "--backend", "reference")
+    assert result.exit_code == 0, result.output
+    assert backend._chosen == "reference"
+    assert "backend" not in (out / "config.json").read_text()
 
 
 def test_eval_prints_a_table_of_budgets(prunepath_command, sparse_folder, corpus):
     result = prunepath_command("eval", sparse_folder, "--data", corpus, "--budget", "1.0,0.5", "--max-tokens", 200)
     assert result.exit_code == 0, result.output
-    for word in ("budget", "threshold", "active", "ppl", "bits/byte", "1.00", "0.50", "100.0%"):
+    for word in ("budget", "threshold", "active", "read", "ppl", "bits/byte", "1.00", "0.50", "100.0%"):
         assert word in result.stdout
 
 
@@ -78,6 +121,8 @@ def test_eval_at_budget_1_is_the_dense_model_and_falls_towards_small_budgets(
     assert fractions[0] == 1.0
     assert fractions == sorted(fractions, reverse=True)
     assert fractions[-1] < 0.3
+    assert all(row["read_fraction"] > row["active_fraction"] for row in rows), "routers are read too"
+    assert dense[0]["read_fraction"] == 1.0
 
 
 def test_eval_with_thresholds_and_a_plot(prunepath_command, sparse_folder, corpus, tmp_path):
@@ -109,6 +154,7 @@ def test_generate_samples_by_seed_and_reports_its_knob(prunepath_command, sparse
     assert first["text"] != sample(2, "--threshold", 0.5)["text"]
     assert first["thresholds"] == [0.5, 0.5]
     assert 0 < first["active_fraction"] < 1
+    assert first["active_fraction"] < first["read_fraction"]
 
 
 def test_info_describes_a_checkpoint(prunepath_command, sparse_folder, dense_folder):
@@ -116,10 +162,10 @@ def test_info_describes_a_checkpoint(prunepath_command, sparse_folder, dense_fol
     assert (found["family"], found["layers"], found["sparse"]) == ("llama", 2, True)
     assert found["conversion"]["num_experts"] == 8
     assert len(found["thresholds"]) == 2
-    assert "0.25" in found["budgets"]
+    assert "0.5" in found["budgets"]
     dense = json.loads(prunepath_command("info", dense_folder, "--json").stdout)
     assert dense["sparse"] is False
-    assert found["parameters"] - found["added_parameters"] == dense["parameters"]
+    assert found["parameters"] - found["router_parameters"] == dense["parameters"]
     text = prunepath_command("info", sparse_folder).stdout
     assert "num_experts: 8" in text
 
@@ -150,14 +196,39 @@ def test_a_real_process_prints_json_alone_on_standard_output(sparse_folder, corp
     assert "Traceback" not in result.stderr
 
 
-def test_an_interrupt_while_saving_leaves_nothing(prunepath_command, dense_folder, corpus, tmp_path, monkeypatch):
+def test_an_interrupt_while_saving_leaves_a_state_to_go_on_from(
+    prunepath_command, dense_folder, corpus, tmp_path, monkeypatch
+):
     from transformers import PreTrainedTokenizerFast
 
     def interrupt(self, folder, **kwargs):
         assert any(folder.iterdir()), "the model is written by now"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", interrupt)
-    result = prunepath_command("convert", dense_folder, tmp_path / "out", "--data", corpus, *CONVERT)
-    assert result.exit_code != 0
-    assert [entry.name for entry in tmp_path.iterdir()] == ["dense"]
+    arguments = ("convert", dense_folder, tmp_path / "out", "--data", corpus, *CONVERT)
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", interrupt)
+        result = prunepath_command(*arguments)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "Interrupted."
+    assert {entry.name for entry in tmp_path.iterdir()} == {"dense", ".out.routers"}
+    result = prunepath_command(*arguments, "--resume")
+    assert result.exit_code == 0, result.output
+    assert {entry.name for entry in tmp_path.iterdir()} == {"dense", "out"}
+
+
+def test_an_interrupt_at_any_moment_of_the_start_is_one_line(tmp_path):
+    command = [sys.executable, "-c", "import signal, sys; print(flush=True); from prunepath.cli import main; main()"]
+    for delay in (0.1, 0.3, 0.6, 1.0):
+        # `info` imports torch, which takes longer than any of these.
+        process = subprocess.Popen([*command, "info"], cwd=tmp_path, stdout=-1, stderr=-1, text=True)
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            break  # it was done before
+        assert process.returncode == 130, errors
+        assert errors.splitlines()[-1:] == ["Interrupted."]
+        assert "Traceback" not in errors
+    assert delay > 0.1, "the first interrupt came too late to be seen"

@@ -47,7 +47,7 @@ def test_the_demo_writes_its_folder_and_prints_the_same_json(small_demo, prunepa
 def test_the_demo_prints_one_table_and_what_to_try_next(small_demo, prunepath_command, tmp_path):
     result = prunepath_command("demo", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    for word in ("sparse tok/s", "dense tok/s", "bits/byte", "Budget 0.25:", small_demo.PROMPT, "prunepath generate"):
+    for word in ("read", "tok/s", "dense tok/s", "bits/byte", "Budget 0.25:", small_demo.PROMPT, "prunepath generate"):
         assert word in result.stdout
 
 

@@ -120,6 +120,6 @@ def test_train_refuses_a_dense_model(refused, dense_folder, corpus, tmp_path):
 
 
 def test_train_refuses_a_learning_rate_of_zero(refused, sparse_folder, corpus, tmp_path):
-    assert "Learning rates" in refused(
+    assert "learning_rate must be a finite number above 0, got 0.0" in refused(
         "train", sparse_folder, tmp_path / "out", "--data", corpus, "--learning-rate", "0"
     )

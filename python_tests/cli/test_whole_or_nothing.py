@@ -18,7 +18,6 @@ COMMANDS = {
     "convert": ["convert", *CONVERT_OPTIONS],
     "convert --low-memory": ["convert", *CONVERT_OPTIONS, "--low-memory"],
     "pack": ["pack"],
-    "shrink": ["shrink", "--budget", "0.4", "--max-rise", "1000", "--refit-tokens", "256"],
 }
 
 # Commands run in forked processes of one that has imported everything: arguments are a JSON list.
@@ -27,7 +26,7 @@ import json, os, random, resource, signal, sys, time
 from pathlib import Path
 from threading import RLock
 import torch, tqdm
-import prunepath.cli, prunepath.checkpoint.packing, prunepath.shrinking, prunepath.conversion.streaming
+import prunepath.cli.app, prunepath.checkpoint.packing, prunepath.conversion.streaming
 torch.set_num_threads(1)
 tqdm.tqdm.set_lock(RLock())  # tqdm's own is shared with forked processes, and one that is killed never gives it back
 base, command, kills = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])

@@ -8,10 +8,13 @@ import torch
 
 import prunepath
 from prunepath.errors import PrunePathError
+from prunepath.eval import report
 from prunepath.eval.perplexity import evaluate
 from prunepath.eval.report import measure, split_pieces, write_report
 from prunepath.nn import sparse_ffns
+from prunepath.nn.observers import observing_counts
 
+SMALL = {"sequence_length": 64, "partition_tokens": 512, "router_tokens": 1024, "calibration_tokens": 512}
 PASSAGE = "Naïve <b>façade</b> & 日本 🎉\n"
 
 
@@ -68,34 +71,62 @@ def test_rows_go_from_dense_to_sparse_and_agree_with_an_evaluation(numbers, spar
         assert row["active_fraction"] == pytest.approx(expected.active_fraction)
 
 
-def test_layers_experts_and_histogram_are_of_the_same_tokens(numbers):
+def test_layers_usage_and_histogram_are_of_the_same_tokens(numbers):
+    assert numbers["num_experts"] == [8, 8]
     for row in numbers["rows"]:
         assert row["active_fraction"] == pytest.approx(sum(row["per_layer"]) / 2)
         for layer, usage in zip(row["per_layer"], row["usage"], strict=True):
-            assert layer == pytest.approx(sum(usage) / 8)
+            assert layer == pytest.approx(sum(usage) / 8, abs=1e-4)
+            assert usage == sorted(usage, reverse=True)
             assert all(0 <= share <= 1 for share in usage)
-        assert len(row["histogram"]) == 9
-        mean = sum(i * n for i, n in enumerate(row["histogram"])) / sum(row["histogram"])
-        assert mean / 8 == pytest.approx(row["active_fraction"])
+        assert len(row["histogram"]) == 8
+        assert sum(row["histogram"]) == pytest.approx(1)
+        assert sum((i + 1) / 8 * share for i, share in enumerate(row["histogram"])) == pytest.approx(
+            row["active_fraction"]
+        )
     assert len(set(numbers["rows"][2]["usage"][0])) > 1, "experts differ in how often they run"
 
 
-def test_the_passage_has_the_counts_of_its_tokens(numbers, sparse, tokenizer):
+def test_bytes_read_count_the_routers(numbers):
+    router, ffn = 8 * 32 + 8, 3 * 32 * 64  # at full rank, as the rank of a model so small is
+    for row in numbers["rows"]:
+        assert row["read_fraction"] == pytest.approx(row["active_fraction"] + router / ffn)
+
+
+def test_many_experts_are_binned(dense, tokenizer, texts):
+    sparse = prunepath.convert(dense, tokenizer, texts, prunepath.PrunePathConfig(**SMALL))
+    numbers = measure(sparse, tokenizer, texts[:4], name="m", budgets=[0.25], sequence_length=96)
+    for row in numbers["rows"]:
+        assert len(row["histogram"]) == 64
+        assert [len(usage) for usage in row["usage"]] == [64, 64]
+        assert sum(row["usage"][0]) / 64 == pytest.approx(row["per_layer"][0], abs=1e-4)
+    shares = torch.rand(3, 1024).tolist()
+    binned = [report._from_most_used(torch.tensor(layer)) for layer in shares]
+    assert [len(layer) for layer in binned] == [128] * 3
+    for layer, bins in zip(shares, binned, strict=True):
+        assert bins == sorted(bins, reverse=True)
+        assert sum(bins) / 128 == pytest.approx(sum(layer) / 1024, abs=1e-4)
+    histogram = report._histogram([torch.tensor([0, *[1] * 1000]), torch.tensor([0, *[1] * 500])])
+    assert len(histogram) == 64
+    assert sum(histogram) == pytest.approx(1)
+    assert max(histogram) < 0.02
+
+
+def test_the_passage_has_the_active_fractions_of_its_tokens(numbers, sparse, tokenizer):
     pieces = numbers["passage"]["pieces"]
     assert "".join(pieces) == PASSAGE
     sizes = [len(piece.encode()) for piece in pieces]
     assert numbers["passage"]["tokens"] == sizes, "a token is a byte, a piece a character"
-    assert set(numbers["passage"]["counts"][0][0]) == {8.0}
+    assert set(numbers["passage"]["active"][0][0]) == {1.0}
     prunepath.set_threshold(sparse, numbers["rows"][1]["thresholds"])
     found = {}
-    for ffn in sparse_ffns(sparse).values():
-        ffn.observe_counts = lambda ffn, counts: found.__setitem__(ffn, counts.double())
-    with torch.no_grad():
+    ffns = list(sparse_ffns(sparse).values())
+    with observing_counts(ffns, lambda ffn, counts: found.__setitem__(ffn, counts.double() / 8)), torch.no_grad():
         sparse(torch.tensor([[0, *tokenizer(PASSAGE)["input_ids"]]]))
     at = 1
-    for size, counts in zip(sizes, numbers["passage"]["counts"][1], strict=True):
-        expected = [taken[at : at + size].mean().item() for taken in found.values()]
-        assert counts == pytest.approx(expected, abs=0.006)
+    for size, active in zip(sizes, numbers["passage"]["active"][1], strict=True):
+        expected = [found[ffn][at : at + size].mean().item() for ffn in ffns]
+        assert active == pytest.approx(expected, abs=1e-4)
         at += size
 
 
@@ -145,23 +176,31 @@ def test_every_budget_has_its_point_picture_and_passage(numbers, tmp_path):
 
 
 def test_many_layers_and_experts_make_a_page_of_bounded_size(numbers, tmp_path):
-    layers, experts = 80, 512
+    layers, columns = 80, 128
     for row in numbers["rows"]:
-        row.update(per_layer=[0.5] * layers, usage=[[0.5] * experts] * layers, histogram=[1] * (experts + 1))
-    passage = {"pieces": ["x"] * 256, "tokens": [1] * 256, "counts": [[[3.25] * layers] * 256] * 3}
-    source, page = page_of(numbers | dict(layers=layers, num_experts=experts, passage=passage), tmp_path)
+        row.update(per_layer=[0.5] * layers, usage=[[0.5] * columns] * layers, histogram=[1 / 64] * 64)
+    passage = {"pieces": ["x"] * 256, "tokens": [1] * 256, "active": [[[0.3125] * layers] * 256] * 3}
+    source, page = page_of(numbers | dict(layers=layers, num_experts=[14336] * layers, passage=passage), tmp_path)
     assert len(source) < 1e6
     tips = [value for _, name, value in page.attributes if name == "data-tip"]
     assert len(tips) < 1100
-    assert any(value.startswith("1–8 experts") for value in tips), "bars hold several counts"
+    assert any(value.startswith("50% to 52% of the experts") for value in tips), "bars hold several counts"
+    assert "14,336 experts" in page.text
+
+
+def test_layers_of_different_widths_make_a_page(numbers, tmp_path):
+    for row in numbers["rows"]:
+        row["usage"] = [[0.5] * 4, [0.5] * 8]
+    _, page = page_of(numbers | dict(num_experts=[4, 8]), tmp_path)
+    assert "4 to 8 experts" in page.text
 
 
 def test_one_layer_and_one_budget_make_a_page(numbers, tmp_path):
     rows = numbers["rows"][:2]
     for row in rows:
         row.update(per_layer=row["per_layer"][:1], usage=row["usage"][:1])
-    counts = [[piece[:1] for piece in of_row] for of_row in numbers["passage"]["counts"][:2]]
-    page_of(numbers | dict(layers=1, rows=rows, passage=numbers["passage"] | {"counts": counts}), tmp_path)
+    active = [[piece[:1] for piece in of_row] for of_row in numbers["passage"]["active"][:2]]
+    page_of(numbers | dict(layers=1, rows=rows, passage=numbers["passage"] | {"active": active}), tmp_path)
 
 
 def test_the_dense_budget_alone_is_refused(sparse, tokenizer, texts):
