@@ -97,11 +97,11 @@ def convert(
     resumed = None if kept is None else kept.load(device)
 
     with _Conversion(dense) as conversion:
+        ffns = install(dense, config)
         with converting(dense, config):
             calibration = calibration_sample(dense, data.calibration)
             total = calibration.total_tokens + _ROUTER_COST * data.router_tokens + _GROUPING_COST * data.grouping_tokens
             with tqdm(total=round(total), unit=" tokens", disable=not progress, desc="Converting") as bar:
-                ffns = install(dense, config)
                 _learn_routers(dense, ffns, data, config, conversion, kept, resumed, bar)
                 result = fit_budgets(list(ffns.values()), calibration, bar.update)
             paths = [path_in_backbone(dense, path) for path in ffns]
