@@ -1,4 +1,4 @@
-"""Expert offloading on a GPU: the model's output without it, within the memory it was given, as simulated."""
+"""FFNs in the host's memory that a GPU computes: the whole model's output, within the memory it was given."""
 
 import gc
 import json
@@ -10,18 +10,19 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import prunepath
-from prunepath.memory.offload import expert_bytes, offload_experts, simulate
 from prunepath.checkpoint.packing import pack
+from prunepath.memory.offload import offload_experts
 
 pytestmark = pytest.mark.gpu
 
+LAYERS, H, D = 4, 256, 1024
 SIZES = {
     "vocab_size": 97,
-    "hidden_size": 256,
-    "intermediate_size": 16 * 64,
-    "num_hidden_layers": 4,
+    "hidden_size": H,
+    "intermediate_size": D,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
     "initializer_range": 0.1,
     "bos_token_id": 0,
     "eos_token_id": 1,
@@ -32,22 +33,14 @@ KINDS = {
     "biased": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, mlp_bias=True)),
     "fused": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
 }
+FFN = 3 * H * D * 4  # bytes
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def folder(request, tmp_path_factory):
+def folder(request, tmp_path_factory, make_sparse):
     torch.manual_seed(0)
-    texts = [torch.randint(2, 97, (200,)) for _ in range(24)]
-    config = prunepath.PrunePathConfig(
-        num_experts=16,
-        sequence_length=64,
-        partition_tokens=256,
-        router_tokens=1024,
-        calibration_tokens=512,
-        center=True,
-    )
-    model = prunepath.convert(KINDS[request.param]().eval(), None, texts, config)
-    prunepath.set_budget(model, 0.3)
+    model = make_sparse(KINDS[request.param]().eval(), router_rank=32)
+    prunepath.set_threshold(model, 0.5)
     path = tmp_path_factory.mktemp("offload") / request.param
     prunepath.save(model, None, path)
     return path
@@ -74,49 +67,49 @@ def relative_error(actual, expected):
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def size_of(model):
-    return expert_bytes(next(iter(prunepath.sparse_ffns(model).values())))
+def is_on_host(weight):
+    """Whether what a GPU's tensor shows is pinned memory: no allocation of torch's on the GPU has its address."""
+    begin = weight.untyped_storage().data_ptr()
+    segments = torch.cuda.memory_snapshot()
+    return not any(s["address"] <= begin < s["address"] + s["total_size"] for s in segments)
 
 
-@pytest.mark.parametrize("slots", [16, 24, 64])
-@pytest.mark.parametrize("prefetch", [True, False])
+def down_projections(model):
+    return [ffn.projection(ffn.layout.down).weight for ffn in prunepath.sparse_ffns(model).values()]
+
+
+@pytest.mark.parametrize("kept", [0, 1, LAYERS])
 @torch.inference_mode()
-def test_the_output_is_that_without_offloading(folder, slots, prefetch):
+def test_the_output_is_that_without_offloading(folder, kept):
     ids = text(64)
     plain = load(folder).cuda()
     with prunepath.record_counts(plain) as before:
         expected, prompt = decode(plain, ids), plain(text(150)).logits
     greedy = plain.generate(ids[:, :8], max_new_tokens=32, do_sample=False)
-    del plain
     model = load(folder)
-    for ffn in prunepath.sparse_ffns(model).values():
-        ffn.pack()
-    cache = offload_experts(model, slots * size_of(model), "cuda", prefetch=prefetch)
-    cache.calls = []
-    assert cache.slots == slots
+    offloading = offload_experts(model, kept * FFN + FFN // 2)
+    assert (offloading.gpu_bytes, offloading.host_bytes) == (kept * FFN, (LAYERS - kept) * FFN)
+    assert [is_on_host(weight) for weight in down_projections(model)] == [i >= kept for i in range(LAYERS)]
     with prunepath.record_counts(model) as after:
-        assert relative_error(decode(model, ids), expected) < 1e-4
+        assert relative_error(decode(model, ids), expected) < 1e-5
         assert relative_error(model(text(150)).logits, prompt) < 1e-4
-    assert [a.tolist() for a in after.histogram] == [b.tolist() for b in before.histogram]
+    assert before.active_fraction < 0.9
+    for a, b in zip(after.histogram, before.histogram, strict=True):
+        assert (a - b).abs().sum() <= 4, "rounding of long products may turn a choice"
     assert torch.equal(model.generate(ids[:, :8], max_new_tokens=32, do_sample=False), greedy)
-    assert cache.statistics.misses > 0
-    assert slots < 64 or cache.statistics.hits > 0
-    assert (cache.statistics.prefetched > 0) == prefetch
-    assert simulate(cache.calls, slots, cache.statistics.moved_bytes // sum_moved(cache)) == cache.statistics
-
-
-def sum_moved(cache):
-    return cache.statistics.misses + cache.statistics.prefetched
+    prunepath.set_threshold(model, 1.0)
+    prunepath.set_threshold(plain, 1.0)
+    assert relative_error(model(ids).logits, plain(ids).logits) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.inference_mode()
-def test_half_precision_agrees_too(folder, dtype):
+def test_half_precision_gives_the_same(folder, dtype):
     ids = text(32)
     expected = decode(load(folder, dtype).cuda(), ids)
     model = load(folder, dtype)
-    offload_experts(model, 20 * size_of(model), "cuda")
-    assert relative_error(decode(model, ids), expected) < 1e-1  # rounding may turn a choice of experts
+    offload_experts(model, 0)
+    assert torch.equal(decode(model, ids), expected)
 
 
 def allocated():
@@ -128,40 +121,82 @@ def allocated():
 
 
 @torch.inference_mode()
-def test_the_experts_take_no_more_of_the_gpu_than_they_were_given(folder):
+def test_the_ffns_take_no_more_of_the_gpu_than_they_were_given(folder):
     before = allocated()
     plain = load(folder).cuda()
     everything = allocated() - before
     del plain
-    model = load(folder)
-    size = size_of(model)
-    experts = sum(ffn.num_experts for ffn in prunepath.sparse_ffns(model).values()) * size
-    limit = 18 * size
-    assert everything > experts > limit
     before = allocated()
-    offload_experts(model, limit, "cuda")
-    assert torch.cuda.max_memory_allocated() - before <= everything - experts + limit + (1 << 20)
-    for ffn in prunepath.sparse_ffns(model).values():
-        weight = ffn.projection(ffn.layout.down).weight
-        assert weight.device.type == "cpu" and weight.is_pinned()
+    model = load(folder)
+    offload_experts(model, FFN)
+    assert torch.cuda.max_memory_allocated() - before <= everything - (LAYERS - 1) * FFN + (1 << 16)
+    model(text(150))
+    assert torch.cuda.max_memory_allocated() - before <= everything - (LAYERS - 2) * FFN + (8 << 20)
 
 
 @torch.inference_mode()
-def test_busy_streams_do_not_mix_experts_up(folder):
-    """Copies that come late, and computation that comes late, must not be overtaken."""
-    ids = text(24)
-    expected = decode(load(folder).cuda(), ids)
+def test_it_is_captured_and_runs_on_any_stream_and_thread(folder):
     model = load(folder)
-    cache = offload_experts(model, 16 * size_of(model), "cuda")
-    for delayed in (None, cache._stream):
+    offload_experts(model, FFN)
+    (*_, ffn) = prunepath.sparse_ffns(model).values()
+    x = torch.randn(4, H, device="cuda")
+    expected = ffn(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        other = ffn(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(other, expected)
+    graph = torch.cuda.CUDAGraph()
+    inputs = torch.zeros_like(x)
+    try:
+        with torch.cuda.graph(graph):
+            outputs = ffn(inputs)
+    except RuntimeError as error:
+        if prunepath.ops.resolve_backend(x.device).name != "reference":
+            raise
+        pytest.skip(f"the reference cannot be captured: {error}")
+    inputs.copy_(x)
+    model.state_dict()
+    graph.replay()
+    assert torch.equal(outputs, expected)
 
-        def slow(ffn, x, delayed=delayed):
-            with torch.cuda.stream(delayed or torch.cuda.current_stream()):
-                torch.cuda._sleep(2_000_000)
 
-        for ffn in prunepath.sparse_ffns(model).values():
-            ffn.observe_input = slow
-        assert relative_error(decode(model, ids), expected) < 1e-4
+@torch.inference_mode()
+def test_moving_casting_copying_and_saving_give_ordinary_models(folder, tmp_path):
+    ids = text(24)
+    plain = load(folder).cuda()
+    expected = decode(plain, ids)
+    model = load(folder)
+    offload_experts(model, 0)
+    prunepath.save(model, None, tmp_path / "saved")
+    assert torch.equal(decode(load(tmp_path / "saved").cuda(), ids), expected)
+    for weight, original in zip(down_projections(model), down_projections(plain), strict=True):
+        assert torch.equal(weight, original)
+    model.to("cpu")
+    ffns = prunepath.sparse_ffns(model).values()
+    assert all(ffn.executor is None for ffn in ffns)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    model.cuda()
+    assert not any(map(is_on_host, down_projections(model)))
+    assert torch.equal(decode(model, ids), expected)
+
+
+def test_it_trains(folder):
+    ids = text(24)
+    models = [load(folder).cuda(), load(folder)]
+    offload_experts(models[1], 0)
+    losses = []
+    for model in models:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert all(map(is_on_host, down_projections(models[1])))
 
 
 @torch.inference_mode()
@@ -170,27 +205,21 @@ def test_a_packed_checkpoint_can_be_offloaded(folder, tmp_path):
     expected = decode(load(folder).cuda(), ids)
     pack(folder, tmp_path / "packed")
     model = load(tmp_path / "packed")
-    offload_experts(model, 20 * size_of(model), "cuda")
-    assert relative_error(decode(model, ids), expected) < 1e-4
-    model.cuda()  # as a whole: offloading ends
-    assert all(ffn.run is None for ffn in prunepath.sparse_ffns(model).values())
-    assert relative_error(decode(model, ids), expected) < 1e-4
+    offload_experts(model, FFN)
+    assert torch.equal(decode(model, ids), expected)
 
 
-def test_the_command_line_says_what_the_cache_did(tmp_path):
+def test_the_command_line_says_where_ffns_are(make_sparse, tmp_path):
     from prunepath.demo.run import model_folder
 
     with model_folder() as path:
         dense, tokenizer = prunepath.load(path)
-    config = prunepath.PrunePathConfig(
-        num_experts=32, partition="weights", router_tokens=2048, partition_tokens=512, calibration_tokens=1024
-    )
-    lines = ["def main():\n    print('hello', 'world')\n" * 40 for _ in range(60)]
-    prunepath.save(prunepath.convert(dense, tokenizer, lines, config), tokenizer, tmp_path / "sparse")
-    command = [sys.executable, "-m", "prunepath.cli", "generate", tmp_path / "sparse", "def main(", "--budget", "0.25"]
+    model = make_sparse(dense)
+    prunepath.set_threshold(model, 0.5)
+    prunepath.save(model, tokenizer, tmp_path / "sparse")
+    command = [sys.executable, "-m", "prunepath.cli", "generate", tmp_path / "sparse", "def main("]
     command += ["--max-new-tokens", "16", "--dtype", "float32", "--json"]
     plain = json.loads(subprocess.run([*command, "--device", "cuda"], capture_output=True, check=True).stdout)
     offloaded = json.loads(subprocess.run([*command, "--gpu-experts", "4MB"], capture_output=True, check=True).stdout)
     assert offloaded["text"] == plain["text"]
-    found = offloaded["gpu_experts"]
-    assert found["slots"] > 0 and found["hit_rate"] > 0 and found["hits"] > 0 and found["moved_bytes"] > 0
+    assert 0 < offloaded["gpu_experts"]["gpu_bytes"] <= 4_000_000 < offloaded["gpu_experts"]["host_bytes"]
