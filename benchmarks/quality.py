@@ -202,7 +202,8 @@ def run_cell(args: argparse.Namespace, task_name: str, method: str, seed: int) -
     task, dense, teacher = _task_and_dense(args, task_name)
     tokenizer = load_tokenizer()
     one = METHODS[method].one_checkpoint
-    settings = Settings(args.num_experts, BUDGETS, seed, args.out / "partitions" / f"{task_name}.{seed}")
+    partitions = args.out / "partitions" / f"{task_name}.{args.expert_width}.{seed}"
+    settings = Settings(args.expert_width, args.router_rank, BUDGETS, seed, partitions)
     cell = {"task": task_name, "method": method, "seed": seed, "one_checkpoint": one, "results": []}
     budgets = (1.0,) if method == "dense" else BUDGETS
     # Where every budget has its own checkpoint, the one that learning rates are compared on comes first.
@@ -448,7 +449,8 @@ def gather(args: argparse.Namespace, preset: int = 6) -> None:
     data = {
         "command": " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
         "settings": {
-            name: getattr(args, name) for name in ("size", "steps", "batch_size", "num_experts", "jobs", "time_limit")
+            name: getattr(args, name)
+            for name in ("size", "steps", "batch_size", "expert_width", "router_rank", "jobs", "time_limit")
         },
         "asked": {"tasks": args.tasks, "methods": args.methods, "seeds": args.seeds},
         "machine": where,
@@ -476,7 +478,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=lambda s: [int(part) for part in s.split(",")], default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400, help="of fine-tuning")
     parser.add_argument("--batch-size", type=int, default=24, help="examples of a step")
-    parser.add_argument("--num-experts", type=int, default=128)
+    parser.add_argument("--expert-width", type=int, default=1, help="neurons of an expert")
+    parser.add_argument("--router-rank", type=int, help="of PrunePath's routers; 0 is full rank")
     parser.add_argument("--time-limit", type=float, help="seconds after which what is running is stopped")
     args = parser.parse_args()
     for kind, chosen, known in (("task", args.tasks, (*TASKS, *HUB_TASKS)), ("method", args.methods, METHODS)):

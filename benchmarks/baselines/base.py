@@ -21,14 +21,16 @@ class Settings:
     """What all methods of a comparison share.
 
     Attributes:
-        num_experts: experts E of every FFN.
+        expert_width: neurons n of every expert.
+        router_rank: rank of PrunePath's routers; 0 is full rank, None suits the model's hidden size.
         budgets: active fractions of FFN neurons at which methods are compared.
         seed: of partitions, random choices and drawn budgets.
         partitions: a folder that keeps partitions, for methods that share one; None to compute each anew. It is of one
             dense model and one seed.
     """
 
-    num_experts: int
+    expert_width: int
+    router_rank: int | None
     budgets: tuple[float, ...]
     seed: int
     partitions: Path | None = None

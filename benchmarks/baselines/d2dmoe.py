@@ -8,7 +8,7 @@ from torch import nn
 from baselines.experts import ThresholdMethod
 from baselines.routers import fit_routers, mlp_router, router_targets
 from prunepath.nn import SparseFFN
-from prunepath.nn.experts import expert_contributions
+from prunepath.train.router import contributions
 
 _ROUTER_WIDTH = 128
 _ENFORCEMENT_SHARE = 1 / 3
@@ -32,15 +32,10 @@ class _D2DMoE(ThresholdMethod):
         super().install_routers(inputs)
         for ffn, x in zip(self.ffns, inputs, strict=True):
             ffn.predictor = mlp_router(x, _ROUTER_WIDTH, ffn.num_experts, nn.ReLU())
-            ffn.register_buffer("norm_scale", self._norms(ffn, ffn.hidden(x[:4096])).mean().clamp(min=1e-12))
+            ffn.register_buffer("norm_scale", contributions(ffn, ffn.hidden(x[:4096])).mean().clamp(min=1e-12))
         targets = router_targets(self.ffns, inputs, self._target)
         routers = [ffn.predictor for ffn in self.ffns]
         fit_routers(routers, inputs, targets, self._losses, self.settings.seed)
-
-    @staticmethod
-    def _norms(ffn: SparseFFN, hidden: torch.Tensor) -> torch.Tensor:
-        down = ffn.down_weight()
-        return expert_contributions(hidden, down, ffn.num_experts, ffn.center)
 
     def predicted_norms(self, ffn: SparseFFN, x: torch.Tensor) -> torch.Tensor:
         """Float32 [T, E], in units of the layer's mean norm."""
@@ -56,7 +51,7 @@ class _D2DMoE(ThresholdMethod):
 
     @torch.no_grad()
     def _target(self, ffn: SparseFFN, hidden: torch.Tensor) -> torch.Tensor:
-        return self._norms(ffn, hidden) / ffn.norm_scale
+        return contributions(ffn, hidden) / ffn.norm_scale
 
     @staticmethod
     def _losses(predictions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -12,13 +12,14 @@ import torch
 
 from baselines.activations import ffn_inputs
 from baselines.base import Batch, Method
-from prunepath.families import find_ffns
+from prunepath.checkpoint.description import install
+from prunepath.config import PrunePathConfig
 from prunepath.conversion.batches import merge
-from prunepath.conversion.experts import reorder_neurons, skipping_errors
+from prunepath.conversion.experts import reorder_neurons
 from prunepath.conversion.partition import partition_neurons
 from prunepath.errors import PrunePathError
 from prunepath.nn import SparseFFN
-from prunepath.nn.observers import CountRecord
+from prunepath.nn.observers import CountRecord, valid_tokens
 from prunepath.train.any_budget import AnyBudgetConfig
 
 _PARTITION_TOKENS = 4096
@@ -34,31 +35,21 @@ class ExpertMethod(Method):
 
     Attributes:
         partition: how neurons are grouped, as in `PrunePathConfig`.
-        center: whether a skipped neuron contributes its mean activation, where that lowers the error of skipping.
     """
 
     one_checkpoint = True
     partition = "coactivation"
-    center = False
 
     @torch.no_grad()
     def install(self, batches: Sequence[Batch]) -> None:
-        experts = self.settings.num_experts
-        self.ffns: list[SparseFFN] = [site.install(experts, center=self.center) for site in find_ffns(self.model)]
+        config = PrunePathConfig(expert_width=self.settings.expert_width, router_rank=self.settings.router_rank)
+        self.ffns: list[SparseFFN] = list(install(self.model, config).values())
         inputs = ffn_inputs(self.model, self.ffns, batches)
-        errors: list[tuple[float, float]] = []
         for i, (ffn, x) in enumerate(zip(self.ffns, inputs, strict=True)):
-            hidden = ffn.hidden(x[:_PARTITION_TOKENS]).float()
-            order = self._partition(i, ffn, hidden).to(x.device)
-            reorder_neurons(ffn, order)
-            if ffn.center is not None:
-                ffn.center.copy_(hidden.mean(0)[order])
-                errors.append(skipping_errors(ffn, hidden[:512, order]))
-            ffn.router.requires_grad_(False)
-            ffn.select = self._select
-        if sum(centered / plain for plain, centered in errors) >= len(errors):
-            for ffn in self.ffns:
-                ffn.center = None
+            if ffn.expert_width > 1:
+                order = self._partition(i, ffn, ffn.hidden(x[:_PARTITION_TOKENS]).float())
+                reorder_neurons(ffn, order.to(x.device))
+            ffn.selector = self._select
         self._draws = random.Random(self.settings.seed)
         self._auxiliary: list[torch.Tensor] = []
         self.training = False
@@ -76,10 +67,10 @@ class ExpertMethod(Method):
             return torch.load(path)
         order = partition_neurons(
             self.partition,
-            self.settings.num_experts,
+            ffn.num_experts,
             intermediate_size=ffn.intermediate_size,
             profiles=hidden,
-            weights=ffn.input_weights()[0].float(),
+            weights=ffn.tables()[0].float(),
             seed=self.settings.seed,
         )
         if path is not None:
@@ -104,7 +95,7 @@ class ExpertMethod(Method):
         return None
 
     def _select(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        valid = ffn.valid_tokens(len(x))
+        valid = valid_tokens(ffn, len(x))
         with torch.autocast(x.device.type, enabled=False):  # half-precision scores tie
             mask = self.choose(ffn, x, hidden)
             losses = self.token_losses(ffn, x, hidden) if self.training else None
@@ -206,7 +197,7 @@ class ThresholdMethod(ExpertMethod):
         with torch.no_grad():
             priority = self.priority(ffn, x, hidden).float()
             index = self.ffns.index(ffn)
-            valid = ffn.valid_tokens(len(x))
+            valid = valid_tokens(ffn, len(x))
             if self.training:
                 if self.step_budget >= 1.0:
                     return torch.ones_like(priority, dtype=torch.bool)

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from baselines.base import Settings
 from baselines.experts import ThresholdMethod
-from baselines.oracle import contributions
 from baselines.routers import Standardised, fit_routers, router_targets
 from prunepath.errors import PrunePathError
 from prunepath.nn import SparseFFN
+from prunepath.nn.observers import valid_tokens
+from prunepath.train.router import contributions
 
 _SOFT_SHARE = 0.5
 _EFFICIENCY_WEIGHT = 0.1
@@ -84,7 +85,7 @@ class LTE(ThresholdMethod):
         with torch.set_grad_enabled(self.soft and torch.is_grad_enabled()):
             logits = ffn.predictor(x)
         active = logits.detach() > self._cut
-        valid = ffn.valid_tokens(len(x))
+        valid = valid_tokens(ffn, len(x))
         if valid is None:
             self._shares.append(active.float().mean())
         else:

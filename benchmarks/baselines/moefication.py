@@ -24,9 +24,8 @@ class MoEfication(TopK):
     partition = "weights"
 
     def install_routers(self, inputs: list[torch.Tensor]) -> None:
-        experts = self.settings.num_experts
         for ffn, x in zip(self.ffns, inputs, strict=True):
-            ffn.predictor = mlp_router(x, experts, experts, nn.Tanh())
+            ffn.predictor = mlp_router(x, ffn.num_experts, ffn.num_experts, nn.Tanh())
         targets = router_targets(self.ffns, inputs, self._target)
         routers = [ffn.predictor for ffn in self.ffns]
         fit_routers(routers, inputs, targets, self._losses, self.settings.seed)

@@ -6,19 +6,14 @@ import torch
 
 from baselines.experts import ThresholdMethod, TopK, mass_before
 from prunepath.nn import SparseFFN
-from prunepath.nn.experts import expert_contributions, router_target
-
-
-def contributions(ffn: SparseFFN, hidden: torch.Tensor) -> torch.Tensor:
-    """What each expert adds to the output, float32 [T, E]."""
-    return expert_contributions(hidden, ffn.down_weight(), ffn.num_experts, ffn.center)
+from prunepath.nn.experts import router_target
+from prunepath.train.router import contributions
 
 
 class OracleTopK(TopK):
     """The k experts that contribute most, k the same in all layers."""
 
     name = "oracle-topk"
-    center = True
 
     def scores(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         return contributions(ffn, hidden)
@@ -28,7 +23,6 @@ class OracleTopMass(ThresholdMethod):
     """The fewest experts that make up the share τ of all contributions: PrunePath with a perfect router."""
 
     name = "oracle-topmass"
-    center = True
 
     def priority(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         return mass_before(router_target(contributions(ffn, hidden)))
@@ -38,7 +32,6 @@ class RandomExperts(TopK):
     """k experts at random."""
 
     name = "random"
-    center = True
 
     def install_routers(self, inputs: list[torch.Tensor]) -> None:
         self._random = torch.Generator(inputs[0].device).manual_seed(self.settings.seed)

@@ -6,35 +6,31 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import prunepath
 from baselines.base import Batch, Method
 from baselines.experts import ExpertMethod, TopK
-from baselines.oracle import contributions
-from baselines.routers import Standardised
 from prunepath.config import PrunePathConfig
 from prunepath.nn import SparseFFN
 from prunepath.nn.experts import router_target
 from prunepath.train.any_budget import AnyBudget
-from prunepath.train.router import RouterTraining
+from prunepath.train.router import RouterTraining, contributions
 
 
 class _SoftmaxRouted(ExpertMethod):
     """A linear router whose softmax learns each expert's share of the output, before and during fine-tuning."""
 
-    center = True
-
     def install_routers(self, inputs: list[torch.Tensor]) -> None:
         super().install_routers(inputs)
-        config = PrunePathConfig(num_experts=self.settings.num_experts)
+        rate = PrunePathConfig().router_learning_rate
         for ffn, x in zip(self.ffns, inputs, strict=True):
-            statistics = Standardised(x)
-            training = RouterTraining(ffn, statistics.mean, statistics.std, config)
+            training = RouterTraining(ffn, rate, self.settings.seed)
             chunks = x.split(1024)
             for i, chunk in enumerate(chunks):
                 training.schedule(i / len(chunks))
-                training.observe(ffn, chunk)
+                training.observe(chunk, ffn.hidden(chunk))
             training.finish()
             ffn.router.requires_grad_(True)
 
@@ -62,11 +58,18 @@ class PrunePath(Method):
     def install(self, batches: Sequence[Batch]) -> None:
         # All the calibration batches are used.
         config = PrunePathConfig(
-            num_experts=self.settings.num_experts, seed=self.settings.seed, calibration_tokens=32768
+            expert_width=self.settings.expert_width,
+            router_rank=self.settings.router_rank,
+            seed=self.settings.seed,
+            calibration_tokens=32768,
         )
         prunepath.convert(self.model, None, batches, config)
         self._any_budget = AnyBudget(self.model, seed=self.settings.seed)
         self._counting = contextlib.ExitStack()
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        self._any_budget.attach()
+        return super().trainable_parameters()
 
     def before_step(self, progress: float) -> None:
         self._any_budget.attach()

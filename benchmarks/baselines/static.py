@@ -12,8 +12,8 @@ from torch import nn
 
 from baselines.activations import ffn_inputs
 from baselines.base import Batch, Method
-from prunepath.families import find_ffns
 from prunepath.errors import PrunePathError
+from prunepath.families import find_ffns
 from prunepath.nn import FFNLayout
 
 _CHUNK = 4096
@@ -52,7 +52,7 @@ def neuron_statistics(model: nn.Module, batches: Sequence[Batch]) -> list[Neuron
         n = len(x)
         variance = (square - total.square() / n).clamp(min=0) / max(1, n - 1)
         values = (total / n, variance, magnitude / n, (square / n).sqrt())
-        down = ffn.down_weight()
+        down = ffn.tables()[-1].t()
         statistics.append(NeuronStatistics(*(value.float() for value in values), down.float()))
     return statistics
 

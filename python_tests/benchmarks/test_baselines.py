@@ -18,13 +18,13 @@ from baselines import METHODS, Settings, routers  # noqa: E402
 from baselines.d2dmoe import square_hoyer  # noqa: E402
 from baselines.experts import ExpertMethod, batch_threshold, largest, mass_before  # noqa: E402
 
-from prunepath.families import find_ffns  # noqa: E402
 from prunepath.errors import PrunePathError  # noqa: E402
+from prunepath.families import find_ffns  # noqa: E402
 from prunepath.nn.observers import padding_masks  # noqa: E402
 
 VOCABULARY = 97
 BUDGETS = (0.3, 0.5)
-SETTINGS = Settings(num_experts=8, budgets=BUDGETS, seed=0)
+SETTINGS = Settings(expert_width=8, router_rank=16, budgets=BUDGETS, seed=0)
 ROUTED = ["prunepath", *(name for name, method in METHODS.items() if issubclass(method, ExpertMethod))]
 STATIC = [name for name in METHODS if name.startswith("static-")]
 
@@ -59,7 +59,7 @@ def make_batches(count: int, seed: int):
 
 
 TRAINING = make_batches(16, seed=1)
-CALIBRATION = make_batches(3, seed=2)
+CALIBRATION = make_batches(6, seed=2)
 
 
 @pytest.fixture(scope="module", params=["llama", "opt"])
@@ -132,7 +132,8 @@ def test_training_moves_the_backbone_and_budgets_are_reached(name, family):
         if name == "dense":
             assert method.active_fraction() == 1.0
         else:
-            assert method.active_fraction() == pytest.approx(budget, abs=0.005)
+            # PrunePath fits thresholds on a part of the tokens, and compares losses on the others.
+            assert method.active_fraction() == pytest.approx(budget, abs=0.02 if name == "prunepath" else 0.005)
             assert sum(method.per_layer()) / 2 == pytest.approx(method.active_fraction())
 
 
@@ -190,7 +191,7 @@ def test_routers_are_between_the_oracle_and_chance(family):
 def test_fitted_routers_beat_chance_on_the_same_experts(name):
     dense = logits_of(make_model("llama"))
     method = make_method(name, "llama")
-    chance = make_method("random", "llama", partition=METHODS[name].partition, center=False)
+    chance = make_method("random", "llama", partition=METHODS[name].partition)
     method.calibrate(CALIBRATION)
     for each in (method, chance):
         each.set_budget(0.5)
@@ -253,7 +254,7 @@ def test_d2dmoe_enforcement_makes_activations_sparser():
         method.set_budget(1.0)
         values = []
         for ffn in method.ffns:
-            ffn.observe_input = lambda ffn, x: values.append(square_hoyer(ffn.hidden(x)).mean().item())
+            ffn.register_input_hook(lambda ffn, x: values.append(square_hoyer(ffn.hidden(x)).mean().item()))
         logits_of(method.model)
         return sum(values) / len(values)
 
@@ -284,7 +285,7 @@ def test_lte_gates_polarise_and_routers_freeze_in_the_second_stage():
             distance.append((ffn.predictor(x).sigmoid() - 0.5).abs().mean().item())
 
     for ffn in method.ffns:
-        ffn.observe_input = observe
+        ffn.register_input_hook(observe)
     method.set_budget(1.0)
     logits_of(method.model)
     train(method, [0.0] * 30, learning_rate=3e-3)

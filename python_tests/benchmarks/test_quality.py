@@ -215,7 +215,7 @@ def settings(out: Path, **changes) -> argparse.Namespace:
         tasks=["nlu"],
         methods=["dense", "prunepath", "static-flap"],
     )
-    values |= dict(seeds=[0], steps=3, batch_size=8, num_experts=16, time_limit=None)
+    values |= dict(seeds=[0], steps=3, batch_size=8, expert_width=4, router_rank=8, time_limit=None)
     return argparse.Namespace(**(values | changes))
 
 

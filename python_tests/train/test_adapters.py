@@ -1,7 +1,5 @@
 """LoRA adapters on the projections of sparse FFNs: trained, merged, saved, and brought from the dense model."""
 
-import copy
-
 import pytest
 import torch
 
