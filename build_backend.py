@@ -88,8 +88,10 @@ def _site_folders() -> Iterator[str]:
     # pip's isolated build runs this interpreter with site-packages off sys.path; sysconfig still names it.
     yield from {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     # `build` and uv isolate with a virtual environment of their own: the active one and the base interpreter
-    # are where the user's torch is.
-    for prefix in (os.environ.get("VIRTUAL_ENV"), sys.base_prefix):
+    # are where the user's torch is. uv replaces VIRTUAL_ENV, and leaves the active one's programs on PATH.
+    on_path = [Path(folder).parent for folder in os.get_exec_path() if Path(folder).is_absolute()]
+    active = [str(prefix) for prefix in on_path if (prefix / "pyvenv.cfg").is_file()]
+    for prefix in (os.environ.get("VIRTUAL_ENV"), *active, sys.base_prefix):
         if prefix:
             scheme = "venv" if "venv" in sysconfig.get_scheme_names() else sysconfig.get_default_scheme()
             for key in ("purelib", "platlib"):

@@ -110,6 +110,28 @@ def test_isolated_build_finds_the_hosts_torch():
     assert "torch" not in requires
 
 
+def test_isolated_build_finds_the_torch_of_an_environment_on_the_path(tmp_path):
+    # As in uv's builds: an interpreter of another environment, which is the active one, too.
+    version = "#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 12\n#define TORCH_VERSION_PATCH 0\n"
+    (tmp_path / "pyvenv.cfg").touch()
+    site = sysconfig.get_path("purelib", "venv", vars={"base": str(tmp_path), "platbase": str(tmp_path)})
+    include = Path(site) / "torch" / "include" / "torch"
+    (include / "headeronly").mkdir(parents=True)
+    (include / "csrc" / "stable").mkdir(parents=True)
+    (include / "csrc" / "stable" / "library.h").touch()
+    (include / "headeronly" / "version.h").write_text(version)
+    code = (
+        "import build_backend, sysconfig\n"
+        "sys.path = [path for path in sys.path if not path.endswith('-packages')]\n"
+        "own = sysconfig.get_path\n"
+        "sysconfig.get_path = lambda name, *rest, **more: own(name, *rest, **more) if rest else '/nowhere'\n"
+        "print(build_backend.find_torch())"
+    )
+    path = os.pathsep.join(["/usr/bin", str(tmp_path / "bin"), os.environ["PATH"]])
+    result = run(code, PATH=path, VIRTUAL_ENV=str(tmp_path / "another"))
+    assert result.stdout.strip() == str((Path(site) / "torch").resolve()), result.stderr
+
+
 def test_torch_is_asked_for_where_there_is_none():
     result = run(
         "import build_backend\n"

@@ -26,7 +26,7 @@ def report(
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
     budget: Annotated[str, typer.Option(help="Budgets in (0, 1], separated by commas.")] = "0.75,0.5,0.25,0.1",
     sequence_length: SequenceLengthOption = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Measure on this many tokens at most.")] = 16384,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Measure on this many tokens at most.")] = 4096,
     batch_size: BatchSizeOption = 1,
     as_json: JsonOption = False,
 ) -> None:
