@@ -1,20 +1,16 @@
-"""Measures what a model takes of memory: dense, sparse, packed, shrunk and offloaded, side by side.
+"""Measures what a model takes of memory: dense, sparse, packed and offloaded, side by side.
 
-    python benchmarks/memory.py --sparse prunepath-demo --shrunk smaller
+    python benchmarks/memory.py --dense MODEL --sparse OUT
     python benchmarks/memory.py --convert 10 --open --folder /a/large/disk
 
 Every model has a process of its own, whose memory is read from outside it: its largest resident set in /proc, the
-checkpoint files' part of that from its maps, and on a GPU what it has allocated there. The processes are alike up to
+checkpoint file's part of that from its maps, and on a GPU what it has allocated there. The processes are alike up to
 the moment when the model is loaded, so that the growth from then on is the model's, and what a call needs.
 
 The sparse models run at the budget, and all of them read the same held-out text token by token with a KV cache. Checked
 before anything is printed: the sparse model's logits at threshold 1 are the dense model's, and at the budget those of
 the packed and of the offloaded model are the sparse one's on the same device. Bits per byte are of each model at the
-budget.
-
-FFN weights in memory: for packed models the resident part of the map that holds them; for others all of them are; for
-offloaded ones the cache on the GPU. "limited" is what `prunepath generate` does with the budget, or --resident.
-Tokens/s, and hits and bytes fetched of a cache, are of reading the text a second time.
+budget. Tokens/s are of reading the text a second time.
 
 --convert N makes a synthetic dense checkpoint of N GB in shards, converts it layer by layer as `prunepath convert
 --low-memory` does, and reads that process's peak from outside; --open packs the outcome and times opening it.
@@ -43,16 +39,16 @@ from rich.console import Console
 from rich.table import Table
 
 import prunepath
-from prunepath.families import find_ffns
+from prunepath.checkpoint.loading import INDEX, read_model_config
+from prunepath.checkpoint.packing import pack
 from prunepath.checkpoint.tensor_file import NewTensor, write_tensor_file
 from prunepath.demo.corpus import stdlib_texts
 from prunepath.demo.run import model_folder
 from prunepath.eval.files import write_json
 from prunepath.eval.memory import process_memory, report_memory
 from prunepath.eval.perplexity import evaluate
-from prunepath.checkpoint.loading import read_model_config
-from prunepath.memory.offload import ExpertCache, expert_bytes, offload_experts
-from prunepath.checkpoint.packing import INDEX, ResidentExperts, limit_resident_experts, pack, resident_limit
+from prunepath.families import find_ffns
+from prunepath.memory.offload import offload_experts
 
 TOLERANCE = 1e-4
 ACROSS_DEVICES = 1e-2  # what rounds otherwise may turn a choice of experts
@@ -88,24 +84,17 @@ def _work(pipe: Connection, spec: dict) -> None:
     dense = not prunepath.is_sparse(model)
     if not dense:
         prunepath.set_budget(model, spec["budget"])
-    cache = None
-    if spec["kind"] == "packed, limited":
-        share = spec["resident"]
-        limit = resident_limit(model, spec["budget"]) if share is None else int(share * ffn_bytes)
-        cache = limit_resident_experts(model, ffn_bytes if limit is None else limit)
     if spec["kind"] == "offloaded":
         device = torch.device("cuda")
-        cache = offload_experts(model, spec["gpu_experts"], device)
-        extra["cache_bytes"] = cache.slots * expert_bytes(next(iter(prunepath.sparse_ffns(model).values())))
+        extra["ffn_gpu_bytes"] = offload_experts(model, spec["gpu_experts"], device).gpu_bytes
     if spec["kind"] == "sparse, GPU":
         device = torch.device("cuda")
         model.to(device)
+        extra["ffn_gpu_bytes"] = ffn_bytes
     ids = tokenizer("".join(held_out()), return_tensors="pt")["input_ids"][:, : spec["tokens"]].to(device)
     with contextlib.nullcontext() if dense else prunepath.record_counts(model) as record:
         logits = decode(model, ids)
-    report = report_memory(model)
-    extra["ffn_bytes"] = ffn_bytes
-    extra["ffn_resident_bytes"] = report.touched_bytes if report.mapped_bytes else extra.get("cache_bytes", ffn_bytes)
+    extra |= {"ffn_bytes": ffn_bytes, "file_bytes": report_memory(model).touched_bytes}
     if device.type == "cuda":
         extra["gpu_bytes"] = torch.cuda.max_memory_allocated()
     path = Path(spec["scratch"]) / f"{spec['kind']}.pt"
@@ -113,12 +102,9 @@ def _work(pipe: Connection, spec: dict) -> None:
     active = 1.0 if dense else record.active_fraction
     pipe.send({"logits": str(path), "active": active, "load_seconds": seconds, **extra})
     pipe.recv()
-    before, start = fetched(cache), time.perf_counter()
+    start = time.perf_counter()
     decode(model, ids)
     timed = {"tokens_per_second": ids.shape[1] / (time.perf_counter() - start)}
-    if cache is not None:
-        hits, misses, moved = (b - a for a, b in zip(before, fetched(cache), strict=True))
-        timed |= {"hit_rate": hits / (hits + misses), "fetched_bytes_per_token": moved / ids.shape[1]}
     pipe.send(timed)
     pipe.recv()
     if spec["kind"] == "sparse":
@@ -140,16 +126,6 @@ def decode(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
             kept = output.past_key_values
             logits.append(output.logits[0, -1].float().cpu())
     return torch.stack(logits)
-
-
-def fetched(cache: ResidentExperts | ExpertCache | None) -> tuple[int, int, int]:
-    """Hits, misses, and bytes brought in so far."""
-    if isinstance(cache, ResidentExperts):
-        return cache.hits, cache.misses, cache.read_bytes
-    if cache is None:
-        return 0, 0, 0
-    statistics = cache.statistics
-    return statistics.hits, statistics.misses, statistics.moved_bytes
 
 
 def ffn_weights(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -201,11 +177,9 @@ def check(rows: dict[str, dict]) -> None:
 
     for kind, reference, tolerance in (
         ("packed", "sparse", TOLERANCE),
-        ("packed, limited", "sparse", TOLERANCE),
         ("sparse, GPU", "sparse", ACROSS_DEVICES),
         ("offloaded", "sparse, GPU", TOLERANCE),
         ("dense", "threshold 1", TOLERANCE),
-        ("shrunk, packed", "shrunk", TOLERANCE),
     ):
         if kind in logits:
             rows[kind]["relative_error"] = found = error(kind, reference)
@@ -218,37 +192,32 @@ def show(rows: list[dict], console: Console) -> None:
     for column in (
         "model",
         "active",
-        "FFNs, of dense",
-        "FFN weights",
-        "in memory",
-        "of dense",
+        "FFNs",
+        "of them on the GPU",
+        "file",
         "grown",
         "peak",
-        "GPU peak",
+        "GPU",
         "tokens/s",
-        "hits",
-        "KB/token",
         "bits/byte",
     ):
         table.add_column(column, justify="left" if column == "model" else "right")
-    dense = rows[0]["ffn_bytes"]
+
+    def megabytes(size: float | None) -> str:
+        return "-" if size is None else f"{size / 1e6:.1f}"
+
     for row in rows:
-        gpu, hits, moved, bits = (
-            row.get(name) for name in ("gpu_bytes", "hit_rate", "fetched_bytes_per_token", "bits_per_byte")
-        )
+        bits = row.get("bits_per_byte")
         table.add_row(
             row["kind"],
             f"{row['active']:.1%}",
-            f"{row['ffn_bytes'] / dense:.1%}",
-            f"{row['ffn_bytes'] / 1e6:.2f}",
-            f"{row['ffn_resident_bytes'] / 1e6:.2f}",
-            f"{row['ffn_resident_bytes'] / dense:.1%}",
-            f"{(row['resident_bytes'] - row['before_bytes']) / 1e6:.1f}",
-            f"{row['peak_bytes'] / 1e6:.1f}",
-            "-" if gpu is None else f"{gpu / 1e6:.1f}",
+            megabytes(row["ffn_bytes"]),
+            megabytes(row.get("ffn_gpu_bytes")),
+            megabytes(row["file_bytes"]),
+            megabytes(row["resident_bytes"] - row["before_bytes"]),
+            megabytes(row["peak_bytes"]),
+            megabytes(row.get("gpu_bytes")),
             f"{row['tokens_per_second']:.1f}",
-            "-" if hits is None else f"{hits:.1%}",
-            "-" if moved is None else f"{moved / 1e3:.0f}",
             "-" if bits is None else f"{bits:.4f}",
         )
     console.print(table)
@@ -314,7 +283,7 @@ torch.set_num_threads(int(sys.argv[3]))
 generator = torch.Generator().manual_seed(0)
 texts = [torch.randint(0, 32000, (256,), generator=generator) for _ in range(64)]
 config = prunepath.PrunePathConfig(
-    num_experts=64, sequence_length=64, router_tokens=256, partition_tokens=256, calibration_tokens=128
+    sequence_length=64, router_tokens=256, partition_tokens=256, calibration_tokens=128
 )
 convert_streaming(sys.argv[1], sys.argv[2], None, texts, config)
 """
@@ -354,12 +323,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sparse", type=Path, help="a converted checkpoint, say of prunepath demo")
     parser.add_argument("--dense", type=Path, help="what it was converted from; the embedded model unless given")
-    parser.add_argument("--shrunk", type=Path, help="the same after prunepath shrink")
     parser.add_argument("--budget", type=float, default=0.25)
     parser.add_argument("--tokens", type=int, default=64, help="read one by one while memory is measured")
     parser.add_argument("--quality-tokens", type=int, default=16384, help="that bits per byte are measured on; 0: none")
-    parser.add_argument("--resident", type=float, help="share of the FFNs' bytes to limit experts to")
-    parser.add_argument("--gpu-experts", type=int, default=10 << 20, help="bytes of the GPU for experts")
+    parser.add_argument("--gpu-experts", type=int, default=10 << 20, help="bytes of the GPU for FFNs")
     parser.add_argument("--convert", type=float, metavar="GB", help="also convert a checkpoint of this size")
     parser.add_argument("--open", action="store_true", help="also pack what --convert made, and time opening it")
     parser.add_argument("--folder", type=Path, help="where large files may be; a temporary folder unless given")
@@ -397,10 +364,7 @@ def compare(args: argparse.Namespace, scratch: Path) -> list[dict]:
     with model_folder() as embedded:
         shutil.copytree(args.dense or embedded, scratch / "dense")
     folders = {"dense": scratch / "dense", "sparse": args.sparse}
-    folders |= {"packed": scratch / "packed", "packed, limited": scratch / "packed"}
-    if args.shrunk is not None:
-        pack(args.shrunk, scratch / "packed-shrunk")
-        folders |= {"shrunk": args.shrunk, "shrunk, packed": scratch / "packed-shrunk"}
+    folders["packed"] = scratch / "packed"
     if torch.cuda.is_available():
         folders |= {"sparse, GPU": args.sparse, "offloaded": args.sparse}
     rows = {}
@@ -410,9 +374,8 @@ def compare(args: argparse.Namespace, scratch: Path) -> list[dict]:
             "folder": str(folder),
             "dtype": read_model_config(args.sparse)["dtype"],
             "budget": args.budget,
-            "resident": args.resident,
             "tokens": args.tokens,
-            "quality": args.quality_tokens if kind in ("dense", "sparse", "shrunk") else 0,
+            "quality": args.quality_tokens if kind in ("dense", "sparse") else 0,
             "gpu_experts": args.gpu_experts,
             "threads": args.threads,
             "scratch": str(scratch),

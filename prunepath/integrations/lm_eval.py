@@ -21,6 +21,7 @@ try:
     from lm_eval import simple_evaluate
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 except ImportError as error:
     missing = f"Expected lm-evaluation-harness, but it is not installed whole ({error}): pip install 'prunepath[eval]'."
     if __name__ == "__main__":
@@ -116,6 +117,8 @@ def evaluate(
     before = get_thresholds(model)
     knob = "budget" if thresholds is None else "threshold"
     rows = []
+    if options.get("task_manager") is None:
+        options["task_manager"] = TaskManager(metadata=options.get("metadata"))  # it reads thousands of files
     try:
         for value in budgets if thresholds is None else thresholds:
             lm = PrunePathLM(model, tokenizer=tokenizer, batch_size=batch_size, **{knob: value})

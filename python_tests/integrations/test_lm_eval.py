@@ -1,8 +1,8 @@
 """lm-eval's tasks run at a chosen budget, through its Python interface and its command line."""
 
+import functools
 import json
 import math
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import prunepath
+from prunepath.checkpoint.description import describe, description_of
 from prunepath.errors import PrunePathError
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'prunepath[eval]')")
@@ -35,7 +36,7 @@ metric_list:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory, make_sparse):
     """A tiny random sparse model of one token a byte."""
     vocabulary = {token: i for i, token in enumerate(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -45,13 +46,20 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=128, initializer_range=0.2, **sizes))
-    config = prunepath.PrunePathConfig(
-        num_experts=8, sequence_length=32, partition_tokens=256, router_tokens=512, calibration_tokens=256
-    )
-    texts = [f"{i} birds of a feather and {i * i} others.\n" for i in range(60)]
+    model = make_sparse(model.eval(), expert_width=8)
+    description = description_of(model)
+    description.budgets = {0.25: [0.3, 0.3]}
+    describe(model, description)
     path = tmp_path_factory.mktemp("lm_eval") / "sparse"
-    prunepath.save(prunepath.convert(model, tokenizer, texts, config), tokenizer, path)
+    prunepath.save(model, tokenizer, path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def _no_index_of_built_in_tasks(monkeypatch):
+    """Reading lm-eval's thousands of task files takes most of a test's time."""
+    manager = functools.partialmethod(adapter.TaskManager.__init__, include_defaults=False)
+    monkeypatch.setattr(adapter.TaskManager, "__init__", manager)
 
 
 @pytest.fixture
@@ -122,17 +130,28 @@ def test_the_model_starts_without_counts_and_refuses_what_has_no_knob(checkpoint
         adapter.PrunePathLM(dense, tokenizer=tokenizer, budget=0.5)
 
 
-def test_the_command_line_is_lm_evals_with_a_budget(checkpoint, task, tmp_path):
-    command = [sys.executable, "-m", "prunepath.integrations.lm_eval", "--model", "prunepath", "--tasks", str(task)]
-    command += ["--model_args", f"pretrained={checkpoint},budget=0.25", "--device", "cpu", "--limit", "4"]
-    command += ["--output_path", str(tmp_path / "results")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "prunepath_birds" in result.stdout
+def run_command_line(monkeypatch, tmp_path, *options):
+    """What lm-eval's command line writes of the model."""
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *map(str, options), "--output_path", str(tmp_path / "results")])
+    adapter.main()
     (file,) = (tmp_path / "results").rglob("results_*.json")
-    found = json.loads(file.read_text())["config"]
+    return json.loads(file.read_text())
+
+
+def test_the_command_line_is_lm_evals_with_a_budget(checkpoint, task, tmp_path, monkeypatch):
+    options = ("--model", "prunepath", "--model_args", f"pretrained={checkpoint},budget=0.25", "--tasks", task)
+    found = run_command_line(monkeypatch, tmp_path, *options, "--device", "cpu", "--limit", "4")["config"]
     assert found["budget"] == 0.25
     assert 0.125 <= found["active_fraction"] < 0.6
+
+
+def test_a_model_spread_over_devices_scores_as_a_whole_one(checkpoint, task, tmp_path, monkeypatch):
+    results = []
+    for name, extra in (("whole", ""), ("spread", f",parallelize=True,max_cpu_memory=80KB,offload_folder={tmp_path}")):
+        options = ("--model", "prunepath", "--model_args", f"pretrained={checkpoint},budget=0.25{extra}")
+        found = run_command_line(monkeypatch, tmp_path / name, *options, "--tasks", task, "--device", "cpu")
+        results.append((found["results"]["prunepath_birds"]["acc,none"], found["config"]["active_fraction"]))
+    assert results[0] == results[1]
 
 
 def test_the_command_line_says_in_one_sentence_what_is_wrong(checkpoint, task, monkeypatch):
