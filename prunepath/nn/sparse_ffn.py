@@ -222,12 +222,14 @@ class SparseFFN(nn.Module):
         return all(is_plain(self.projection(name)) for name in self.layout.projections)
 
     def has_row_tables(self) -> bool:
-        """Whether the kernels can read the weights: plain, of one dtype and device, each neuron's row contiguous."""
+        """Whether the kernels can read the weights: plain, of one device and dtype, not float64, with contiguous rows."""
         if not self.is_plain():
             return False
         tables = self.tables()
         like = self.router.w_out
-        if like.is_meta or any(table.dtype != like.dtype or table.device != like.device for table in tables):
+        if like.is_meta or like.dtype == torch.float64:
+            return False
+        if any(table.dtype != like.dtype or table.device != like.device for table in tables):
             return False
         if all(table.stride(1) == 1 for table in tables):
             return True
