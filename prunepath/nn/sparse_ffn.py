@@ -184,7 +184,7 @@ class SparseFFN(nn.Module):
             active, counts = self.select(x)
         else:
             active = self.selector(self, x, hidden)
-            counts = (active > 0).sum(-1, dtype=torch.int32)
+            counts = active.count_nonzero(-1).int() if self._counts_hooks else None
         self._report_counts(counts)
         return active
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prunepath.errors import PrunePathError
-from prunepath.nn import for_inference, for_training, sparse_ffns
+from prunepath.nn import SparseFFN, for_inference, for_training, sparse_ffns
 from prunepath.nn.thresholds import check_fraction
 from prunepath.train.any_budget import AnyBudget, AnyBudgetConfig, distillation_loss, is_router
 
@@ -31,10 +31,16 @@ def dense_teacher(model: nn.Module, *, share_frozen: bool = False) -> nn.Module:
     for ffn in sparse_ffns(teacher).values():
         ffn.threshold = 1.0
         ffn.max_experts = 0
-        ffn.selector = ffn.executor = None
+        ffn.selector, ffn.executor = None, _run_densely
         ffn._input_hooks.clear()
         ffn._counts_hooks.clear()
     return teacher
+
+
+def _run_densely(ffn: SparseFFN, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An executor that saves the router, the selection and the mask of an FFN that runs all its experts."""
+    counts = torch.full((len(x),), ffn.num_experts, dtype=torch.int32, device=x.device)
+    return ffn.project(ffn.hidden(x)), counts
 
 
 class AnyBudgetTrainer(Trainer):
