@@ -12,8 +12,9 @@ Active fraction: the routers are random, so each FFN's threshold is the quantile
 expert, over all experts and all the tokens that will be fed, that makes just that share of them active. One pass over
 the text sets them FFN by FFN, each with the thresholds of those before it in force; decoding then meets the same
 inputs. A token takes as many experts as its own probabilities ask for; the mean obtained and the least and most of a
-token are printed, and nothing is timed if the mean is more than a point off. The sparse model's logits at threshold 1
-have to be the dense model's first.
+token are printed, and nothing is timed if the mean is more than a point off. "read" is the bytes of FFN weights that a
+token reads, the routers' included, as a share of the dense model's. The sparse model's logits at threshold 1 have to be
+the dense model's first.
 
 Settings, for the dense model and for the sparse one alike (the sparse FFNs are `routed_ffn` in all of them):
 
@@ -51,10 +52,11 @@ from torch import nn
 
 import prunepath
 from prunepath import native
-from prunepath.eval.files import write_json
-from prunepath.checkpoint.description import SparseDescription, install
-from prunepath.ops import reference
+from prunepath.checkpoint.description import SparseDescription, describe, install, path_in_backbone
 from prunepath.conversion.streaming import return_freed_memory
+from prunepath.eval.files import write_json
+from prunepath.nn.observers import CountRecord, observing_counts, observing_inputs
+from prunepath.ops import reference
 
 QWEN = {
     "model_type": "qwen2",
@@ -101,8 +103,10 @@ WEIGHT_STD = 0.02
 ROUTER_LOGIT_STD = 2.0
 
 
-def build(name: str, layers: int | None, dtype: torch.dtype, device: torch.device, experts: int | None) -> nn.Module:
-    """A model made on the meta device whose weights are drawn on `device`; sparse if `experts` is given."""
+def build(
+    name: str, layers: int | None, dtype: torch.dtype, device: torch.device, sparsity: prunepath.PrunePathConfig | None
+) -> nn.Module:
+    """A model made on the meta device whose weights are drawn on `device`; sparse if `sparsity` is given."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     entries = dict(MODELS[name], max_position_embeddings=32768)
@@ -112,12 +116,9 @@ def build(name: str, layers: int | None, dtype: torch.dtype, device: torch.devic
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    if experts:
-        sparsity = prunepath.PrunePathConfig(num_experts=experts)
-        description = SparseDescription(sparsity, False, [], [], {}, {})
-        ffns = install(model, description)
-        description.ffns, description.thresholds = list(ffns), [1.0] * len(ffns)
-        model.config.quantization_config = description.to_dict()
+    if sparsity is not None:
+        paths = [path_in_backbone(model, path) for path in install(model, sparsity)]
+        describe(model, SparseDescription(sparsity, paths, [1.0] * len(paths)))
     model.to_empty(device=device)
     model.tie_weights()
     with torch.device(device):  # its buffers are in no checkpoint, and empty now
@@ -125,14 +126,15 @@ def build(name: str, layers: int | None, dtype: torch.dtype, device: torch.devic
     for name, parameter in model.named_parameters():
         generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
         with torch.no_grad():
-            if name.endswith("router.weight"):
-                parameter.normal_(0, ROUTER_LOGIT_STD * parameter.shape[1] ** -0.5, generator=generator)
+            if ".router.w_" in name:  # unit inputs give logits of ROUTER_LOGIT_STD, by one matrix or by two
+                std = 1.0 if name.endswith("w_in") else ROUTER_LOGIT_STD
+                parameter.normal_(0, std * parameter.shape[1] ** -0.5, generator=generator)
             elif parameter.dim() > 1:
                 parameter.normal_(0, WEIGHT_STD, generator=generator)
             else:
                 parameter.fill_(float(name.endswith("norm.weight")))
-    for ffn in prunepath.sparse_ffns(model).values():
-        ffn.pack()
+    if sparsity is not None:
+        prunepath.for_inference(model)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -140,7 +142,6 @@ def build(name: str, layers: int | None, dtype: torch.dtype, device: torch.devic
 
 def set_active(model: nn.Module, ids: torch.Tensor, first: int, fraction: float) -> None:
     """Sets each FFN's threshold so that of the tokens of `ids` from `first` on this share of the experts is active."""
-    ffns = prunepath.sparse_ffns(model).values()
     if fraction == 1.0:
         prunepath.set_threshold(model, 1.0)
         return
@@ -150,14 +151,8 @@ def set_active(model: nn.Module, ids: torch.Tensor, first: int, fraction: float)
         active = min(max(1, round(fraction * len(before))), len(before) - 1)
         ffn.threshold = min(1.0, before[active - 1 : active + 1].mean().item())
 
-    for ffn in ffns:
-        ffn.observe_input = choose
-    try:
-        with torch.inference_mode():
-            model(input_ids=ids, use_cache=False)
-    finally:
-        for ffn in ffns:
-            ffn.observe_input = None
+    with observing_inputs(dict.fromkeys(prunepath.sparse_ffns(model).values(), choose)), torch.inference_mode():
+        model(input_ids=ids, use_cache=False)
     prunepath.set_threshold(model, prunepath.get_thresholds(model))
 
 
@@ -222,7 +217,7 @@ class Worker:
     def __init__(self, spec: dict) -> None:
         self.device, self.setting = torch.device(spec["device"]), spec["setting"]
         torch.set_num_threads(spec["threads"])
-        self.model = build(spec["model"], spec["layers"], getattr(torch, spec["dtype"]), self.device, spec["experts"])
+        self.model = build(spec["model"], spec["layers"], getattr(torch, spec["dtype"]), self.device, spec["sparsity"])
         generator = torch.Generator().manual_seed(spec["seed"])
         size = (1, spec["prompt"] + spec["tokens"])
         ids = torch.randint(0, self.model.config.vocab_size, size, generator=generator).to(self.device)
@@ -250,20 +245,18 @@ class Worker:
         """Sets the active fraction, and counts what decoding the script makes of it."""
         set_active(self.model, self.ids[:, :-1], self.prompt.shape[1], fraction)
         ffns = list(prunepath.sparse_ffns(self.model).values())
-        record = {ffn: [] for ffn in ffns}
+        calls = {ffn: [] for ffn in ffns}
+        with observing_counts(ffns, lambda ffn, counts: calls[ffn].append(counts)), torch.inference_mode():
+            cache = None
+            for part in (self.prompt, *self.script[:-1].view(-1, 1, 1)):
+                cache = self.model(input_ids=part, past_key_values=cache, use_cache=True).past_key_values
+        counts = {ffn: torch.cat(parts)[self.prompt.shape[1] :] for ffn, parts in calls.items()}
+        record = CountRecord(ffns)
         for ffn in ffns:
-            ffn.observe_counts = lambda ffn, counts: record[ffn].append(counts)
-        try:
-            with torch.inference_mode():
-                cache = None
-                for part in (self.prompt, *self.script[:-1].view(-1, 1, 1)):
-                    cache = self.model(input_ids=part, past_key_values=cache, use_cache=True).past_key_values
-        finally:
-            for ffn in ffns:
-                ffn.observe_counts = None
-        counts = torch.stack([torch.cat(calls)[self.prompt.shape[1] :] for calls in record.values()]).float()
-        share = counts.mean(0) / ffns[0].num_experts  # of each token
-        return {"active": share.mean().item(), "least": share.min().item(), "most": share.max().item()}
+            record.add(ffn, counts[ffn])
+        share = torch.stack(list(counts.values())).float().mean(0) / ffns[0].num_experts  # of each token
+        found = {"active": share.mean(), "least": share.min(), "most": share.max()}
+        return {name: value.item() for name, value in found.items()} | {"read": record.read_fraction}
 
     def run(self, keep_logits: bool = False) -> tuple[float, torch.Tensor | None]:
         """Seconds for a token after the first, and the logits [tokens, vocabulary]."""
@@ -397,7 +390,8 @@ def bench(name: str, args: argparse.Namespace, console: Console) -> list[dict]:
             "seed": args.seed,
             "setting": setting,
         }
-        children = [Child("dense", {**spec, "experts": None}), Child("sparse", {**spec, "experts": args.experts})]
+        sparsity = prunepath.PrunePathConfig(expert_width=args.expert_width, router_rank=args.router_rank)
+        children = [Child("dense", {**spec, "sparsity": None}), Child("sparse", {**spec, "sparsity": sparsity})]
         try:
             expected = check(name, args, children, expected)
             rows.extend(measure(name, args, children))
@@ -473,13 +467,14 @@ def measure(name: str, args: argparse.Namespace, children: list[Child]) -> list[
                     "dtype": args.dtype,
                     "threads": args.threads if args.device == "cpu" else None,
                     "layers": args.layers,
-                    "experts": args.experts,
+                    "expert_width": args.expert_width,
+                    "router_rank": args.router_rank,
                     "prompt": args.prompt,
                     "tokens": args.tokens,
                     "asked": fraction,
                     "kind": child.kind,
                     "setting": child.setting,
-                    **found.get(child, dict.fromkeys(("active", "least", "most"))),
+                    **found.get(child, dict.fromkeys(("active", "least", "most", "read"))),
                     "ms_per_token": spent and 1e3 * spent,
                     "tokens_per_s": spent and 1 / spent,
                     "peak_bytes": child.peak_bytes() if spent else None,
@@ -501,6 +496,7 @@ def show(rows: list[dict], console: Console) -> None:
         "setting",
         "active",
         "of a token",
+        "read",
         "ms a token",
         "tokens/s",
         "vs dense",
@@ -517,6 +513,7 @@ def show(rows: list[dict], console: Console) -> None:
             row["setting"],
             f"{row['active']:.1%}" if sparse else "100%",
             f"{row['least']:.0%} to {row['most']:.0%}" if sparse else "",
+            f"{row['read']:.1%}" if sparse else "100%",
             f"{row['ms_per_token']:.2f}",
             f"{row['tokens_per_s']:.2f}",
             f"{row['speedup_over_best_dense']:.2f}x" if row["speedup_over_best_dense"] else "-",
@@ -545,7 +542,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokens", type=int, default=32, help="that are decoded in a run, at least 3")
     parser.add_argument("--prompt", type=int, default=32, help="its length in tokens")
-    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--expert-width", type=int, default=1, help="neurons of an expert")
+    parser.add_argument("--router-rank", type=int, help="0 is full rank; the model's default unless given")
     parser.add_argument("--layers", type=int, help="of the model, fewer than it has")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -560,12 +558,14 @@ def main() -> None:
         for value in given:
             if value not in known:
                 parser.error(f"argument {option}: expected some of {', '.join(known)}, got {value}")
-    if args.tokens < 3 or min(args.prompt, args.threads, args.experts, args.repeats) < 1:
-        parser.error("expected at least 3 tokens, and prompt, threads, experts and repeats of at least 1")
+    if args.tokens < 3 or min(args.prompt, args.threads, args.repeats) < 1:
+        parser.error("expected at least 3 tokens, and prompt, threads and repeats of at least 1")
     for name in args.model:
         width = MODELS[name]["intermediate_size"]
-        if width % args.experts:
-            parser.error(f"argument --experts: expected a divisor of {name}'s {width}, got {args.experts}")
+        if args.expert_width < 1 or width % args.expert_width:
+            parser.error(f"argument --expert-width: expected a divisor of {name}'s {width}, got {args.expert_width}")
+    if args.router_rank is not None and args.router_rank < 0:
+        parser.error(f"argument --router-rank: expected at least 0, got {args.router_rank}")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         parser.error(f"the folder of {args.json} does not exist")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -575,7 +575,8 @@ def main() -> None:
     command = (
         f"python benchmarks/decode.py --device {args.device} --model {','.join(args.model)} "
         f"--active {','.join(f'{f:g}' for f in args.active)} --settings {','.join(args.settings)} --dtype {args.dtype} "
-        f"--threads {args.threads} --tokens {args.tokens} --prompt {args.prompt} --experts {args.experts} "
+        f"--threads {args.threads} --tokens {args.tokens} --prompt {args.prompt} --expert-width {args.expert_width} "
+        f"{'' if args.router_rank is None else f'--router-rank {args.router_rank} '}"
         f"{f'--layers {args.layers} ' if args.layers else ''}--repeats {args.repeats} --seed {args.seed}"
     )
     console = Console(width=max(Console().width, 120))

@@ -174,20 +174,21 @@ def decode_section(files: list[dict]) -> str:
             f"### Decoding end to end, {'CPU' if device == 'cpu' else 'GPU'}\n\n{file['machine']}, "
             f"{file.get('date', 'no date')}:\n\n```\n{file['command']}\n```\n"
         )
-        head = ["model", "active", "", "setting", "ms a token", "tokens/s", "vs best dense", "peak MB"]
+        head = ["model", "active", "read", "", "setting", "ms a token", "tokens/s", "vs best dense", "peak MB"]
         lines = []
         for row in file["rows"]:
             name = row["model"] + (f", {row['layers']} layers" if row["layers"] else "")
             active = f"{100 * row['active']:.1f} %" if row["active"] is not None else "–"
             asked = f"{100 * row['asked']:.0f} %"
             if row["skipped"]:
-                lines.append([name, asked, row["kind"], row["setting"], f"skipped: {row['skipped']}", "", "", ""])
+                lines.append([name, asked, "–", row["kind"], row["setting"], f"skipped: {row['skipped']}", "", "", ""])
                 continue
             ratio, peak = row["speedup_over_best_dense"], row["peak_bytes"]
             lines.append(
                 [
                     name,
                     active if row["kind"] == "sparse" else f"beside {asked}",
+                    f"{100 * row['read']:.1f} %" if row["read"] is not None else "–",
                     row["kind"],
                     row["setting"],
                     f"{row['ms_per_token']:.2f}",
@@ -196,7 +197,7 @@ def decode_section(files: list[dict]) -> str:
                     f"{peak / 1e6:.0f}" if peak else "–",
                 ]
             )
-        parts.append(table(head, lines, 4))
+        parts.append(table(head, lines, 5))
     return "\n".join(parts)
 
 

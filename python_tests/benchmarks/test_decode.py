@@ -15,6 +15,7 @@ sys.path.append(str(BENCHMARKS))  # where the benchmarks import each other from;
 
 import decode  # noqa: E402
 
+SPARSITY = prunepath.PrunePathConfig(expert_width=16, router_rank=8)
 SPEC = {
     "device": "cpu",
     "model": "tiny",
@@ -24,7 +25,7 @@ SPEC = {
     "prompt": 20,
     "tokens": 30,
     "seed": 0,
-    "experts": None,
+    "sparsity": None,
     "setting": "eager",
 }
 
@@ -40,7 +41,7 @@ def tiny(monkeypatch):
 
 def test_the_sparse_model_has_the_dense_models_weights():
     expected = decode.Worker(SPEC).run(keep_logits=True)[1]
-    sparse = decode.Worker({**SPEC, "experts": 32})
+    sparse = decode.Worker({**SPEC, "sparsity": SPARSITY})
     spent, logits = sparse.run(keep_logits=True)
     assert spent > 0
     assert logits.shape == (30, 300)
@@ -51,9 +52,11 @@ def test_the_sparse_model_has_the_dense_models_weights():
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 1.0])
 def test_the_active_fraction_is_the_one_asked_for_and_varies_from_token_to_token(fraction):
-    sparse = decode.Worker({**SPEC, "experts": 32})
+    sparse = decode.Worker({**SPEC, "sparsity": SPARSITY})
     found = sparse.activate(fraction)
     assert abs(found["active"] - fraction) < 0.01
+    router, ffn = 8 * 64 + 32 * 8 + 32, 3 * 64 * 512
+    assert found["read"] == pytest.approx(found["active"] + router / ffn)
     if fraction < 1:
         assert found["least"] < found["active"] < found["most"]
     with prunepath.record_counts(sparse.model) as record:
@@ -65,7 +68,7 @@ def test_the_active_fraction_is_the_one_asked_for_and_varies_from_token_to_token
 def test_prepacked_linears_compute_the_same():
     expected = decode.Worker({**SPEC, "dtype": "bfloat16"}).run(keep_logits=True)[1]
     try:
-        packed = decode.Worker({**SPEC, "dtype": "bfloat16", "setting": "prepacked", "experts": 32})
+        packed = decode.Worker({**SPEC, "dtype": "bfloat16", "setting": "prepacked", "sparsity": SPARSITY})
     except (AttributeError, RuntimeError) as error:
         pytest.skip(f"oneDNN packs no bfloat16 here: {error}")
     linears = [module for module in packed.model.modules() if isinstance(module, decode.PrepackedLinear)]
