@@ -222,7 +222,7 @@ class SparseFFN(nn.Module):
         return all(is_plain(self.projection(name)) for name in self.layout.projections)
 
     def has_row_tables(self) -> bool:
-        """Whether the kernels can read the weights: plain, of one device and dtype, not float64, with contiguous rows."""
+        """Whether kernels can read the weights: plain, of one device and dtype, not float64, with contiguous rows."""
         if not self.is_plain():
             return False
         tables = self.tables()
