@@ -50,8 +50,8 @@ class PrunePathConfig:
     sequence_length: int = 256
     partition_tokens: int = 4096
     router_tokens: int = 32768
-    router_learning_rate: float = 0.03
-    calibration_tokens: int = 4096
+    router_learning_rate: float = 0.2
+    calibration_tokens: int = 8192
     autocast: Autocast = "none"
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from prunepath.budgets import get_thresholds, set_threshold
@@ -46,11 +47,9 @@ from prunepath.nn.observers import observing_hidden, observing_inputs, padding_m
 from prunepath.train.router import RouterTraining
 from prunepath.train.router_state import RouterState
 
-FIT_SHARE = 0.25
-"""The share of the calibration tokens that thresholds are fitted on; on the others, losses are compared."""
-_ROUTER_COST = 1.5
-"""What a token costs in router training, and its neurons in grouping, against one of calibration."""
-_GROUPING_COST = 1.0
+# What a token costs in the parts of a conversion, against one of a forward pass without the head.
+_ROUTER_COST, _GROUPING_COST, _FIT_COST, _LOSS_COST, _SLOPE_COST = 1.75, 1.0, 1.2, 1.5, 2.8
+_BACKWARD_TOKENS = 256
 
 
 @torch.inference_mode(False)
@@ -100,7 +99,7 @@ def convert(
         ffns = install(dense, config)
         with converting(dense, config):
             calibration = calibration_sample(dense, data.calibration)
-            total = calibration.total_tokens + _ROUTER_COST * data.router_tokens + _GROUPING_COST * data.grouping_tokens
+            total = calibration.cost + _ROUTER_COST * data.router_tokens + _GROUPING_COST * data.grouping_tokens
             with tqdm(total=round(total), unit=" tokens", disable=not progress, desc="Converting") as bar:
                 _learn_routers(dense, ffns, data, config, conversion, kept, resumed, bar)
                 result = fit_budgets(list(ffns.values()), calibration, bar.update)
@@ -174,7 +173,7 @@ def calibrate(model: nn.Module, tokenizer: Any | None, texts: Iterable, *, progr
     sample = calibration_sample(sparse, batches)
     before = get_thresholds(model)
     try:
-        bar = tqdm(total=sample.total_tokens, unit=" tokens", disable=not progress, desc="Calibrating")
+        bar = tqdm(total=round(sample.cost), unit=" tokens", disable=not progress, desc="Calibrating")
         with converting(sparse, config), bar:
             result = fit_budgets(list(sparse_ffns(sparse).values()), sample, bar.update)
         description.budgets, description.calibration = result.table, result.to_dict()
@@ -246,15 +245,38 @@ def train_routers(trainings: dict[SparseFFN, RouterTraining], progress: float, r
 
 
 def calibration_sample(model: nn.Module, batches: Sequence[Batch]) -> Sample:
-    """Batches as calibration takes them: some to fit thresholds on, others to compare losses on."""
-    tokens = sum(map(count_tokens, batches))
-    fit, other = split_held_out(batches, round(FIT_SHARE * tokens)) if len(batches) > 1 else (batches, batches)
+    """Batches as calibration takes them: a quarter to fit thresholds on, a quarter to choose on, half for slopes."""
+    fit, choose, slopes = batches, batches, batches  # of a single batch
+    if len(batches) > 2:
+        quarter = sum(map(count_tokens, batches)) // 4
+        fit, rest = split_held_out(batches, quarter)
+        choose, slopes = split_held_out(rest, quarter)
+    parts = [slopes[::2], slopes[1::2] or slopes]
     inputs = backbone_inputs(merge(fit))
+    tokens = [sum(map(count_tokens, part)) for part in (fit, choose, slopes)]
     return Sample(
         encode=lambda: model.base_model(**inputs),
-        loss=lambda: mean_loss(model, other),
-        tokens=(sum(map(count_tokens, fit)), sum(map(count_tokens, other))),
+        loss=lambda: mean_loss(model, choose),
+        backward=lambda step: _run_backwards(model, parts[step % 2]),
+        costs=(_FIT_COST * tokens[0], _LOSS_COST * tokens[1], _SLOPE_COST * tokens[2] / 2),
     )
+
+
+def _run_backwards(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Runs the loss backwards, summed over tokens, to whatever requires gradients and is no parameter."""
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in required:
+        parameter.requires_grad_(False)
+    try:
+        for batch in batches:
+            rows, length = batch["input_ids"].shape
+            size = max(1, _BACKWARD_TOKENS // length)
+            for start in range(0, rows, size):
+                part = {name: tensor[start : start + size] for name, tensor in batch.items()}
+                (model(**part).loss * count_tokens(part)).backward()
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
 
 
 def _fingerprint(model: nn.Module, sites: Sequence[FFNSite], data: ConversionData, config: PrunePathConfig) -> str:
@@ -332,8 +354,42 @@ def converting(model: nn.Module, config: PrunePathConfig) -> Iterator[None]:
     precision = contextlib.nullcontext()
     if config.autocast != "none":
         precision = torch.autocast(device, getattr(torch, config.autocast))
-    with torch.no_grad(), precision, _evaluating(model), padding_masks(model), padding_masks(model.base_model):
-        yield
+    is_slow = device == "cpu" and config.autocast == "none" and not _has_half_precision_products()
+    products = _WideProducts() if is_slow else contextlib.nullcontext()
+    with torch.no_grad(), precision, products, _evaluating(model):
+        with padding_masks(model), padding_masks(model.base_model):
+            yield
+
+
+def _has_half_precision_products() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware; without, x86 takes three times as long as float32."""
+    is_x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return not is_x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class _WideProducts(TorchFunctionMode):
+    """Computes linear maps of half-precision tensors in float32, and rounds the results."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear and not kwargs and args[0].dtype in (torch.bfloat16, torch.float16):
+            y = _WideLinear.apply(args[0], args[1])
+            bias = args[2] if len(args) > 2 else None
+            return y if bias is None else y + bias
+        return function(*args, **(kwargs or {}))
+
+
+class _WideLinear(torch.autograd.Function):
+    """x·Wᵀ in float32 that keeps no wide copy of W for its gradient, which only x has."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return nn.functional.linear(x.float(), weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return (gradient.float() @ weight.float()).to(gradient.dtype), None
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from prunepath.calibration.fit import BUDGETS, Calibration, FitFraction, router_quality
+from prunepath.calibration.fit import BUDGETS, NODES, Calibration, FitFractions, budgets_of_nodes, router_quality
 from prunepath.checkpoint.description import SparseDescription, install, path_in_backbone
 from prunepath.checkpoint.folders import check_output_folder, whole_folder
 from prunepath.checkpoint.loading import INDEX, open_shards, read_model_config
@@ -156,7 +156,7 @@ class _Stream:
     @torch.no_grad()
     def convert(self, new: Path, data: ConversionData, progress: bool) -> None:
         training = _Tokens(self, max(data.training, data.grouping, key=len))
-        calibrated = {budget: _Tokens(self, data.calibration) for budget in (1.0, *BUDGETS)}
+        calibrated = {budget: _Tokens(self, data.calibration) for budget in (1.0, *NODES)}
         self.thresholds: list[dict[str, float]] = []
         self.routers: list[RouterQuality] = []
         precision = contextlib.nullcontext()
@@ -229,16 +229,15 @@ class _Stream:
         with observing_hidden({ffn: measure}):
             calibrated[1.0].advance_merged(index)
         lowest = SMALLEST_THRESHOLD
-        for budget in BUDGETS:
-            if thresholds is None:
-                fit = FitFraction(budget, lowest)
-                with observing_inputs({ffn: fit}):
-                    calibrated[budget].advance_merged(index)
-                ffn.threshold = fit.threshold.item()
-            else:
-                ffn.threshold = thresholds[f"{budget:g}"]
-                calibrated[budget].advance_merged(index)
-            found[f"{budget:g}"] = lowest = ffn.threshold
+        for node, budgets in budgets_of_nodes().items():
+            fit = FitFractions({budget: _fraction(ffn, budget) for budget in budgets}, node)
+            if thresholds is not None:
+                ffn.threshold = thresholds[f"{node:g}"]
+            with observing_inputs({ffn: fit} if thresholds is None else {}):
+                calibrated[node].advance_merged(index)
+            for budget in budgets:
+                fitted = fit.thresholds[budget].item() if thresholds is None else thresholds[f"{budget:g}"]
+                found[f"{budget:g}"] = lowest = max(fitted, lowest)
         ffn.threshold = 1.0
         return {"thresholds": found, "router": dataclasses.asdict(qualities[0])}
 
@@ -275,7 +274,7 @@ class _Stream:
             ffns=[path_in_backbone(self.model, path) for path in self.ffns],
             thresholds=[1.0] * len(self.ffns),
             budgets={b: [found[f"{b:g}"] for found in self.thresholds] for b in BUDGETS},
-            calibration=Calibration({}, "equal", {}, None, None, self.routers).to_dict(),
+            calibration=Calibration({}, {}, {}, None, None, self.routers).to_dict(),
         )
         config = self.model_config.to_dict() | {"quantization_config": description.to_dict()}
         config["dtype"] = str(self.dtype).removeprefix("torch.")
@@ -360,6 +359,12 @@ def _record(stream: _Stream, batch: Batch) -> list[tuple[torch.Tensor, tuple, di
         for i, layer in enumerate(layers):
             stream.layers[i] = layer
     return calls
+
+
+def _fraction(ffn: SparseFFN, budget: float) -> float:
+    """The active fraction nearest to a budget that the FFN's limits allow."""
+    highest = (ffn.max_experts or ffn.num_experts) / ffn.num_experts
+    return min(max(budget, ffn.min_experts / ffn.num_experts), highest)
 
 
 @contextlib.contextmanager

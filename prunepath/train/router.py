@@ -13,7 +13,7 @@ from prunepath.nn import SparseFFN
 from prunepath.nn.experts import expert_contributions, router_target
 
 RECALL_FRACTION = 0.25
-_MINIBATCH = 256
+_MINIBATCH = 128
 _WARM_UP = 0.05
 
 
@@ -57,7 +57,7 @@ class RouterTraining:
     Args:
         ffn: whose router is trained, of the rank that it has.
         learning_rate: peak learning rate of AdamW.
-        seed: of the initial W_in.
+        seed: of the initial W_in and the order of tokens.
     """
 
     def __init__(self, ffn: SparseFFN, learning_rate: float, seed: int = 0) -> None:
@@ -65,6 +65,8 @@ class RouterTraining:
         device, rank, hidden_size = router.w_out.device, router.rank, ffn.hidden_size
         self.ffn = ffn
         self.mean = self.std = None
+        self.seed = seed
+        self.calls = 0
         self.w_in = None
         # A step of Adam moves every weight by about the learning rate, and so a result by the fan-in times that.
         groups = [{"params": [], "peak": learning_rate / math.sqrt(hidden_size)}]
@@ -87,7 +89,7 @@ class RouterTraining:
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Trains on tokens' inputs x [T, H] and activations [T, D]: T / 256 optimiser steps."""
+        """Trains on tokens' inputs x [T, H] and activations [T, D]: T / 128 optimiser steps."""
         target = router_target(contributions(self.ffn, hidden))
         x = x.float()
         if self.mean is None:
@@ -95,9 +97,11 @@ class RouterTraining:
             # A feature that hardly varies in the first tokens may do so later.
             self.std = std.clamp_(min=1e-3 * std.mean().item() + 1e-6)
         inputs = (x - self.mean) / self.std
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed + self.calls))
+        self.calls += 1
         with torch.autocast(x.device.type, enabled=False):
-            for batch, share in zip(inputs.split(_MINIBATCH), target.split(_MINIBATCH), strict=True):
-                self._step(batch, share)
+            for rows in order.to(x.device).split(_MINIBATCH):
+                self._step(inputs[rows], target[rows])
 
     def _step(self, x: torch.Tensor, share: torch.Tensor) -> None:
         """One step along the gradient of the KL, which at the logits is softmax(z) − c/Σc."""
@@ -116,11 +120,11 @@ class RouterTraining:
 
     def state_dict(self) -> dict[str, Any]:
         """What a training that goes on later needs, beside what the constructor takes."""
-        names = ("mean", "std", "w_in", "w_out", "bias")
+        names = ("calls", "mean", "std", "w_in", "w_out", "bias")
         return {**{name: getattr(self, name) for name in names}, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean, self.std = state["mean"], state["std"]
+        self.calls, self.mean, self.std = state["calls"], state["mean"], state["std"]
         for name in ("w_in", "w_out", "bias"):
             if state[name] is not None:
                 getattr(self, name).copy_(state[name])

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from prunepath.conversion.partition import partition_neurons, valid_num_experts
+from prunepath.config import nearest_divisors
+from prunepath.conversion.partition import partition_neurons
 from prunepath.errors import NativeLibraryError, PrunePathError
 
 
@@ -258,8 +259,8 @@ def test_progress_reaches_the_caller():
     ("intermediate_size", "num_experts", "expected"),
     [(12, 5, (4, 6)), (12, 4, (4, 4)), (14336, 225, (224, 256)), (13, 4, (1, 13)), (12, 0, (1, 1)), (12, 99, (12, 12))],
 )
-def test_nearest_valid_num_experts(intermediate_size, num_experts, expected):
-    assert valid_num_experts(intermediate_size, num_experts) == expected
+def test_nearest_nearest_divisors(intermediate_size, num_experts, expected):
+    assert nearest_divisors(intermediate_size, num_experts) == expected
 
 
 @pytest.mark.parametrize("method", ["coactivation", "contiguous"])

@@ -43,7 +43,7 @@ def lowest_kl(inputs, target, rank):
     return closure().item()
 
 
-@pytest.mark.parametrize(("experts", "rank"), [(8, 0), (64, 0), (64, 4)])
+@pytest.mark.parametrize(("experts", "rank"), [(8, 0), (64, 4)])
 def test_one_pass_comes_close_to_the_best_router_of_its_rank(experts, rank):
     """On inputs not trained on, whose features differ in scale and mean, which standardising must undo."""
     ffn = make_ffn(experts, rank=rank)

@@ -16,13 +16,9 @@ from transformers import (
 
 import prunepath
 from prunepath.checkpoint.description import description_of
-from prunepath.train.loss_metric import measure_loss_metric
-from prunepath.train.router import contributions
 
 VOCABULARY = 97
-CONFIG = prunepath.PrunePathConfig(
-    num_experts=8, sequence_length=32, partition_tokens=256, router_tokens=512, calibration_tokens=256
-)
+CONFIG = prunepath.PrunePathConfig(sequence_length=32, partition_tokens=256, router_tokens=512, calibration_tokens=256)
 
 
 def make_model(kind):
@@ -68,26 +64,28 @@ def fraction(model, kind, budget):
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "masked_bert", "t5"])
-@pytest.mark.parametrize("ready", [False, True])
-def test_every_kind_of_model_obtains_its_budget(kind, ready):
+@pytest.mark.parametrize(("ready", "width"), [(False, 1), (True, 1), (True, 8)])
+def test_every_kind_of_model_obtains_its_budget(kind, ready, width):
     model = make_model(kind)
-    prunepath.convert(model, None, batches(kind) if ready else list(tokens()), CONFIG)
+    config = dataclasses.replace(CONFIG, expert_width=width)
+    prunepath.convert(model, None, batches(kind) if ready else list(tokens()), config)
     assert abs(fraction(model, kind, 0.4) - 0.4) < 0.06
     calibration = description_of(model).calibration
     assert len(calibration["routers"]) == 2
     assert all(row["kl"] > 0 and 0.25 < row["recall"] <= 1 for row in calibration["routers"])
     if kind == "bert":
-        assert calibration["losses"] == {} and set(calibration["shapes"].values()) == {"per_layer"}
+        assert calibration["losses"] == {} and calibration["fractions"] == {} and calibration["static_loss"] is None
     else:
-        assert set(calibration["losses"]) == {"per_layer", "shared", "energy", "descent"}
+        assert set(calibration["losses"]) == {"equal", "slopes"} and calibration["static_loss"] > 0
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_padding_changes_nothing(kind):
+@pytest.mark.parametrize(("kind", "width"), [("llama", 1), ("llama", 8), ("t5", 1)])
+def test_padding_changes_nothing(kind, width):
     """Neither partition, routers and thresholds, nor what is counted."""
+    config = dataclasses.replace(CONFIG, expert_width=width)
     plain, padded = make_model(kind), make_model(kind)
-    prunepath.convert(plain, None, batches(kind), CONFIG)
-    prunepath.convert(padded, None, batches(kind, pad=9), CONFIG)
+    prunepath.convert(plain, None, batches(kind), config)
+    prunepath.convert(padded, None, batches(kind, pad=9), config)
     for (path, a), b in zip(plain.state_dict().items(), padded.state_dict().values(), strict=True):
         assert torch.allclose(a, b, atol=2e-3), path
     records = []
@@ -101,50 +99,12 @@ def test_padding_changes_nothing(kind):
     assert abs(records[0].active_fraction - records[1].active_fraction) < 1e-3
 
 
-def test_the_loss_metric_is_that_of_the_gradients_at_the_output():
-    model = make_model("llama")
-    prunepath.convert(model, None, batches("llama"), dataclasses.replace(CONFIG, contribution="loss"))
-    ffn = prunepath.sparse_ffns(model)["model.layers.1.mlp"]
-    batch = batches("llama", size=24)[0]
-
-    def run():
-        return model(**batch).loss, batch["input_ids"].numel()
-
-    output = {}
-    hook = ffn.register_forward_hook(lambda module, args, y: output.update(y=y))
-    loss, count = run()
-    hook.remove()
-    (gradient,) = torch.autograd.grad(loss * count, output["y"])
-    g = gradient.flatten(0, 1)
-    expected = g.t() @ g / len(g)
-    measure_loss_metric(list(prunepath.sparse_ffns(model).values()), [run])
-    assert ((ffn.output_metric @ ffn.output_metric - expected).norm() / expected.norm()).item() < 2e-3
-    x = torch.randn(5, 32)
-    with torch.no_grad():
-        steps = ffn.hidden(x) - (0 if ffn.center is None else ffn.center)
-        experts = steps.view(5, 8, 8).unsqueeze(2) * torch.eye(8).view(1, 8, 8, 1)
-        outputs = (experts.flatten(2) @ ffn.down_weight().t()) @ ffn.output_metric
-        assert torch.allclose(contributions(ffn, x), outputs.norm(dim=-1), rtol=1e-4)
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_a_frozen_model_has_a_loss_metric_and_a_headless_one_is_refused():
-    config = dataclasses.replace(CONFIG, contribution="loss")
-    frozen = make_model("llama").requires_grad_(False)
-    prunepath.convert(frozen, None, batches("llama"), config)
-    assert all(ffn.output_metric.norm() > 0 for ffn in prunepath.sparse_ffns(frozen).values())
-    headless = make_model("bert")
-    with pytest.raises(prunepath.PrunePathError, match="with a loss"):
-        prunepath.convert(headless, None, batches("bert"), config)
-    assert not prunepath.is_sparse(headless)
-
-
 def test_routers_train_alike_under_autocast():
     exact, mixed = make_model("llama"), make_model("llama")
-    options = {"partition": "contiguous", "router_tokens": 1024}
-    prunepath.convert(exact, None, batches("llama"), dataclasses.replace(CONFIG, **options))
-    prunepath.convert(mixed, None, batches("llama"), dataclasses.replace(CONFIG, **options, autocast="bfloat16"))
-    a, b = (prunepath.sparse_ffns(m)["model.layers.0.mlp"].router.weight for m in (exact, mixed))
+    config = dataclasses.replace(CONFIG, router_tokens=1024)
+    prunepath.convert(exact, None, batches("llama"), config)
+    prunepath.convert(mixed, None, batches("llama"), dataclasses.replace(config, autocast="bfloat16"))
+    a, b = (prunepath.sparse_ffns(m)["model.layers.0.mlp"].router.w_out for m in (exact, mixed))
     assert not torch.equal(a, b) and b.dtype == torch.float32
     assert ((a - b).norm() / a.norm()).item() < 0.1
 

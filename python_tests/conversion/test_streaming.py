@@ -50,12 +50,12 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_mlp_bias", "qwen3", "opt", "gpt2", "gemma3"])
-@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("width", [1, 8])
 @torch.no_grad()
-def test_it_is_what_converting_in_memory_makes(family, center, dense_folder, token_texts, small_config, ids, tmp_path):
+def test_it_is_what_converting_in_memory_makes(family, width, dense_folder, token_texts, small_config, ids, tmp_path):
     folder = dense_folder(family)
     assert len(list(folder.glob("*.safetensors"))) > 1
-    config = prunepath.PrunePathConfig(**{**vars(small_config), "center": center})
+    config = prunepath.PrunePathConfig(**{**vars(small_config), "expert_width": width, "router_rank": 8})
     expected = prunepath.convert(AutoModelForCausalLM.from_pretrained(folder), None, token_texts, config)
     convert_streaming(folder, tmp_path / "sparse", None, token_texts, config)
     actual = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
@@ -63,6 +63,9 @@ def test_it_is_what_converting_in_memory_makes(family, center, dense_folder, tok
     assert actual.state_dict().keys() == before.keys()
     for name, tensor in actual.state_dict().items():
         assert torch.allclose(tensor, before[name], rtol=1e-3, atol=1e-4), name
+    said, expected_said = actual.config.quantization_config, expected.config.quantization_config
+    assert (said["config"], said["ffns"]) == (expected_said["config"], expected_said["ffns"])
+    assert said["budgets"].keys() == expected_said["budgets"].keys()
     with prunepath.record_counts(actual) as counts:
         prunepath.set_budget(actual, 0.4)
         actual(torch.cat([t[None, :128] for t in token_texts[:8]]))
@@ -242,9 +245,9 @@ def test_missing_and_damaged_shards_and_other_dtypes_are_refused(dense_folder, t
 
 def test_what_it_does_not_convert_is_refused(dense_folder, token_texts, small_config, tmp_path):
     folder = dense_folder("llama")
-    config = prunepath.PrunePathConfig(**{**vars(small_config), "contribution": "loss"})
-    with pytest.raises(prunepath.PrunePathError, match="contribution='output'"):
-        convert_streaming(folder, tmp_path / "out", None, token_texts, config)
+    seven = prunepath.PrunePathConfig(**{**vars(small_config), "num_experts": 7})
+    with pytest.raises(prunepath.PrunePathError, match="num_experts to divide the intermediate size 64, got 7"):
+        convert_streaming(folder, tmp_path / "out", None, token_texts, seven)
     convert_streaming(folder, tmp_path / "out", None, token_texts, small_config)
     with pytest.raises(prunepath.PrunePathError, match="new or empty"):
         convert_streaming(folder, tmp_path / "out", None, token_texts, small_config)
