@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -98,6 +99,15 @@ class ModelOptions:
         if self.backend is not None:
             ops.use_backend(self.backend)
         ops.resolve_backend(torch.device(self.device or "cpu"))
+
+
+def sleep_while_waiting() -> None:
+    """Lets torch's threads sleep while they wait for each other, if torch is not loaded yet.
+
+    Else they spin, and several times longer where another process has their core. Decoding, whose calls are short,
+    waits too often for this.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def import_prunepath():

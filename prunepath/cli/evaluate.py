@@ -17,6 +17,7 @@ from prunepath.cli.common import (
     check_picture,
     import_prunepath,
     parse_fractions,
+    sleep_while_waiting,
     window_length,
 )
 from prunepath.cli.results import printing
@@ -54,6 +55,7 @@ def evaluate(
         check_picture("plot", plot)
     data = texts.load()
     with printing(as_json) as results:
+        sleep_while_waiting()
         prunepath = import_prunepath()
         from prunepath.eval.plots import plot_tradeoff
         from prunepath.eval.tradeoff import dense_row, tradeoff

@@ -14,6 +14,7 @@ from prunepath.cli.common import (
     TextOptions,
     check_picture,
     parse_fractions,
+    sleep_while_waiting,
     window_length,
 )
 from prunepath.cli.results import printing
@@ -38,6 +39,7 @@ def report(
     check_picture("out", out)
     data = texts.load()
     with printing(as_json) as results:
+        sleep_while_waiting()
         from prunepath.eval.report import measure, write_report
 
         loaded, tokenizer = options.load(model)

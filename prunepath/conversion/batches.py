@@ -51,8 +51,11 @@ def sample_batches(
 
 
 def _checked(model: nn.Module, batches: list[Batch]) -> list[Batch]:
-    """The batches, whose token ids the model's embedding table has."""
-    rows = len(model.get_input_embeddings().weight)
+    """The batches, whose token ids the model's embedding table has, if the model says which that is."""
+    try:
+        rows = len(model.get_input_embeddings().weight)
+    except NotImplementedError:
+        return batches
     for name in ("input_ids", "decoder_input_ids"):
         ids = [batch[name] for batch in batches if name in batch]
         lowest, highest = (min(t.min() for t in ids), max(t.max() for t in ids)) if ids else (0, 0)
