@@ -2,26 +2,24 @@
 
     python benchmarks/ffn.py --device cpu                        # four real shapes, bfloat16, one token
     python benchmarks/ffn.py --shapes llama-3-8b --active 10,25 --batch 1,8 --threads 1,2 --csv ffn.csv
-    python benchmarks/ffn.py --shapes qwen2.5-1.5b --active 25,100 --batch 128,512         # prefill
+    python benchmarks/ffn.py --expert-width 4 --router-rank 0                              # a router of full rank
     python benchmarks/ffn.py --device cuda --json ffn.json       # batches 1, 4, 8 and 32
 
 Nothing is timed before it has been checked: every call's result, on the very tensors that are timed, is compared with
-a float64 reference given the selection. `routed_ffn` gets its active fraction from a router and a threshold per token,
-and its counts are checked too; `sparse_ffn` is given the same experts. The weights of several layers are rotated, as
-many as it takes for a round to read several times the last-level cache, and a round of every candidate, and of a probe
-of the read bandwidth, is taken in turn. Times are medians of those rounds, per call. On a GPU a round is one CUDA
-graph, timed by events on the device; the bandwidth of a copy, counted in both directions, is measured too.
-
-Calls of more than 64 tokens are timed through `SparseFFN` too, which chooses between the operator and computing all
-experts and masking them.
+a float64 reference given the selection. `routed_ffn` gets its active fraction from a router and a threshold per
+token, and its counts are checked too; `sparse_ffn` is given the same experts. The weights of several layers are
+rotated, as many as it takes for a round to read several times the last-level cache, and a round of every candidate,
+and of a probe of the read bandwidth, is taken in turn. Times are medians of those rounds, per call. On a GPU a round
+is one CUDA graph, timed by events on the device; the bandwidth of a copy, counted in both directions, is measured
+too.
 
 The baselines are dense (F.linear, cuBLAS on a GPU; oneDNN with weights packed beforehand) or read the active experts
 alone (F.grouped_mm over lists of tokens per expert that are made beforehand; index_select, which copies the weights,
 and F.linear; with "(T)" the copy of the down projection is transposed too, which suits some of torch's half-precision
-kernels; on a GPU, transformers' kernels for mixtures of experts, which are told the experts). GB/s are the bytes of
-weights that a call needs, not what it moves: those of the experts that any token of the batch chose, the router's where
-it runs, and everything for a dense FFN; "of probe" is thus the floor's share of the time. "vs dense" is against the
-fastest dense baseline.
+kernels; "pruned" is a dense FFN of as many neurons as a token runs, always the same ones; on a GPU, transformers'
+kernels for mixtures of experts, which are told the experts). GB/s are the bytes of weights that a call needs, not
+what it moves: those of the experts that any token of the batch chose, the router's where it runs, and everything for
+a dense FFN; "of probe" is thus the floor's share of the time. "vs dense" is against the fastest dense baseline.
 """
 
 import argparse
@@ -49,7 +47,6 @@ from torch import Tensor
 from prunepath import native, ops
 from prunepath.errors import BackendError, PrunePathError
 from prunepath.eval.files import replacing, write_json
-from prunepath.nn import FFNLayout, SparseFFN
 from prunepath.ops import reference
 
 # Largest relative error of the operators. The baselines are allowed more: torch's own float32 linear can miss 1e-6,
@@ -64,6 +61,8 @@ BASELINE_ROUND_SECONDS = 0.5
 # Calls of more tokens are bound by arithmetic, so that few layers do; their reference takes long.
 MEMORY_BOUND_TOKENS = 64
 PREFILL_LAYERS = 2
+# Kernels that loop over experts one by one are of no use to finer ones.
+MIN_GROUPED_WIDTH = 8
 COPY = "copy"
 
 
@@ -85,31 +84,61 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Layer:
-    """An FFN's random weights as experts, and its router."""
+    """An FFN's random weights as tables, and its router."""
 
-    w_in: Tensor  # [E, n, G, H]
-    w_out: Tensor  # [E, n, H]
-    router: Tensor  # [E, H]
+    gate: Tensor | None  # [D, H], as up and down_t
+    up: Tensor
+    down_t: Tensor
+    router_in: Tensor | None  # [r, H]
+    router_out: Tensor  # [E, r], or [E, H] without router_in
+
+    @property
+    def tables(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        return self.gate, self.up, self.down_t
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.router_out)
+
+    @property
+    def width(self) -> int:
+        return len(self.up) // self.num_experts
 
     @property
     def nbytes(self) -> int:
-        return self.w_in.nbytes + self.w_out.nbytes
+        return sum(table.nbytes for table in self.tables if table is not None)
+
+    @property
+    def router_nbytes(self) -> int:
+        return self.router_out.nbytes + (0 if self.router_in is None else self.router_in.nbytes)
+
+    def neurons(self, experts: Tensor) -> Tensor:
+        return (experts.long()[:, None] * self.width + torch.arange(self.width, device=experts.device)).flatten()
+
+    def of(self, experts: Tensor) -> list[Tensor | None]:
+        """Copies of the rows of the experts' neurons."""
+        rows = self.neurons(experts)
+        return [None if table is None else table.index_select(0, rows) for table in self.tables]
 
     @classmethod
-    def random(cls, shape: Shape, num_experts: int, dtype: torch.dtype, device: torch.device, seed: int) -> "Layer":
+    def random(
+        cls, shape: Shape, width: int, rank: int, dtype: torch.dtype, device: torch.device, seed: int
+    ) -> "Layer":
         generator = torch.Generator(device).manual_seed(seed)
-        width = shape.intermediate_size // num_experts
+        hidden_size, intermediate_size = shape.hidden_size, shape.intermediate_size
 
         def normal(*size: int, std: float) -> Tensor:
             return torch.empty(size, dtype=dtype, device=device).normal_(0, std, generator=generator)
 
-        w_in = normal(num_experts, width, 1 + shape.gated, shape.hidden_size, std=shape.hidden_size**-0.5)
-        w_out = normal(num_experts, width, shape.hidden_size, std=shape.intermediate_size**-0.5)
-        if device.type == "cpu":  # a model's weights lie where `pack_experts` puts them, in large pages
-            *gate, up, down = ops.unpack_experts(w_in, w_out)
-            w_in, w_out = ops.pack_experts(gate[0] if gate else None, up, down, num_experts)
+        inputs = [normal(intermediate_size, hidden_size, std=hidden_size**-0.5) for _ in range(1 + shape.gated)]
+        gate, up = inputs if shape.gated else (None, *inputs)
+        down = normal(hidden_size, intermediate_size, std=intermediate_size**-0.5)
+        tables = ops.pack_experts(gate, up, down) if device.type == "cpu" else reference.pack_experts(gate, up, down)
         # Logits of standard deviation 2: peaked, and no tail so thin that float32 thresholds cannot cut it.
-        return cls(w_in, w_out, normal(num_experts, shape.hidden_size, std=2 * shape.hidden_size**-0.5))
+        router_in = normal(rank, hidden_size, std=hidden_size**-0.5) if rank else None
+        columns = rank or hidden_size
+        router_out = normal(intermediate_size // width, columns, std=2 * columns**-0.5)
+        return cls(*(tables if shape.gated else (None, *tables)), router_in, router_out)
 
 
 @dataclass(frozen=True)
@@ -128,7 +157,7 @@ class Inputs:
     @property
     def nbytes(self) -> int:
         """Bytes of the active experts' weights."""
-        return self.layer.nbytes * len(self.union) // self.layer.w_in.shape[0]
+        return self.layer.nbytes * len(self.union) // self.layer.num_experts
 
 
 @dataclass
@@ -138,14 +167,16 @@ class Candidate:
     nbytes: float  # that a call needs, on average
     dense: bool = False
     required: bool = False  # nothing is timed if its check fails
+    expected: list[Tensor] | None = None  # if it computes something else than `Inputs.expected`
     error: float | None = None  # the largest of its calls
     skipped: str | None = None
 
 
 def make_inputs(layer: Layer, count: int, batch: int, correlation: float, activation: str, seed: int) -> Inputs:
     """Random tokens for which the layer's router, with a threshold for each token, selects `count` experts."""
-    device = layer.router.device
-    num_experts, hidden_size = layer.router.shape
+    device = layer.up.device
+    num_experts, hidden_size = layer.num_experts, layer.up.shape[1]
+    router = [None if weight is None else weight.double() for weight in (layer.router_in, layer.router_out, None)]
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -155,7 +186,7 @@ def make_inputs(layer: Layer, count: int, batch: int, correlation: float, activa
 
     def tokens(number: int) -> Tensor:
         own = normal(number, hidden_size)
-        return (correlation**0.5 * shared + (1 - correlation) ** 0.5 * own).to(layer.router.dtype)
+        return (correlation**0.5 * shared + (1 - correlation) ** 0.5 * own).to(layer.up.dtype)
 
     x = tokens(batch)
     if count == num_experts:
@@ -164,24 +195,30 @@ def make_inputs(layer: Layer, count: int, batch: int, correlation: float, activa
         # Tokens whose last selected and first skipped expert have almost the same logit are drawn again: there the
         # order in which a router's dot product is summed could change the selection.
         while True:
-            logits = x.double() @ layer.router.double().t()
+            logits = reference.router_logits(x.double(), *router)
             ranked = logits.sort(dim=1, descending=True).values
-            close = ranked[:, count - 1] - ranked[:, count] < 1e-3
+            close = ranked[:, count - 1] - ranked[:, count] < 2e-5
             if not close.any():
                 break
             x[close] = tokens(int(close.sum()))
         before = reference.mass_before(logits).sort(dim=1).values
         threshold = before[:, count - 1 : count + 1].mean(1).float()
-    expert_ids, _, counts = reference.route(x.double() @ layer.router.double().t(), threshold)
+    expert_ids, _, counts = reference.route(reference.router_logits(x.double(), *router), threshold)
     if not (counts == count).all():
         raise SystemExit(
             f"The thresholds select {counts.tolist()} experts where {count} were wanted: nothing is timed."
         )
     union, local_ids = expert_ids[:, :count].unique(return_inverse=True)
-    expected = reference.sparse_ffn(
-        x.double(), layer.w_in[union].double(), layer.w_out[union].double(), local_ids, counts, activation
-    )
+    expected = reference_ffn(layer, union, x, local_ids, counts, activation)
     return Inputs(layer, x, threshold, expert_ids, counts, union, local_ids, expected)
+
+
+def reference_ffn(
+    layer: Layer, experts: Tensor, x: Tensor, local_ids: Tensor, counts: Tensor, activation: str
+) -> Tensor:
+    """The float64 result, where tokens choose among `experts` by their positions."""
+    tables = [None if table is None else table.double() for table in layer.of(experts)]
+    return reference.sparse_ffn(x.double(), *tables, local_ids, counts, activation, num_experts=len(experts))
 
 
 def check(candidate: Candidate, inputs: list[Inputs], tolerance: float) -> None:
@@ -190,13 +227,14 @@ def check(candidate: Candidate, inputs: list[Inputs], tolerance: float) -> None:
     if not candidate.required:
         tolerance *= BASELINE_TOLERANCE
     try:
-        for call, given in zip(candidate.calls, inputs[: len(candidate.calls)], strict=True):
+        for index, (call, given) in enumerate(zip(candidate.calls, inputs[: len(candidate.calls)], strict=True)):
             y = call()
+            expected = candidate.expected[index] if candidate.expected else given.expected
             if isinstance(y, tuple):
                 y, counts = y
                 if not torch.equal(counts, given.counts):
                     raise RuntimeError(f"expected counts {given.counts.tolist()}, got {counts.tolist()}")
-            errors.append(((y.double() - given.expected).norm() / given.expected.norm()).item())
+            errors.append(((y.double() - expected).norm() / expected.norm()).item())
         candidate.error = math.nan if any(map(math.isnan, errors)) else max(errors)
         if not candidate.error <= tolerance:
             raise RuntimeError(f"expected a relative error of at most {tolerance:.0e}, got {candidate.error:.1e}")
@@ -204,15 +242,6 @@ def check(candidate: Candidate, inputs: list[Inputs], tolerance: float) -> None:
         candidate.skipped = str(error).splitlines()[0]
     if candidate.skipped and candidate.required:
         raise SystemExit(f"{candidate.name}: {candidate.skipped}; nothing is timed.")
-
-
-def activate(pre: Tensor, gated: bool, activation: str) -> Tensor:
-    """The activations [..., n] of pre-activations [..., n·G], gate and up side by side."""
-    act = reference.ACTIVATIONS[activation]
-    if not gated:
-        return act(pre)
-    gate, up = pre.unflatten(-1, (-1, 2)).unbind(-1)
-    return act(gate) * up
 
 
 def linear_ffn(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str) -> Tensor:
@@ -233,25 +262,58 @@ def onednn_ffn(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activat
 
 def index_select_ffn(given: Inputs, mask: Tensor, activation: str, transpose: bool) -> Tensor:
     """Copies the experts that any token chose; `mask` [T, experts, 1] says which of them a token chose."""
-    w_in = given.layer.w_in.index_select(0, given.union)
-    w_out = given.layer.w_out.index_select(0, given.union)
-    h = activate(F.linear(given.x, w_in.flatten(0, 2)), w_in.shape[2] == 2, activation)
+    gate, up, down_t = given.layer.of(given.union)
+    act, x = reference.ACTIVATIONS[activation], given.x
+    h = act(F.linear(x, up)) if gate is None else act(F.linear(x, gate)) * F.linear(x, up)
     if len(h) > 1:
-        h = (h.unflatten(1, (*mask.shape[1:2], -1)) * mask).flatten(1)
-    down = w_out.flatten(0, 1).t()
+        h = (h.unflatten(1, (mask.shape[1], -1)) * mask).flatten(1)
+    down = down_t.t()
     return F.linear(h, down.contiguous() if transpose else down)
 
 
 def grouped_mm_ffn(given: Inputs, token_of: Tensor, ends: Tensor, activation: str) -> Tensor:
     """`token_of` lists the tokens of expert 0, then those of expert 1, …; `ends` [E] is where each list ends."""
-    w_in, w_out = given.layer.w_in.flatten(1, 2), given.layer.w_out
-    pre = F.grouped_mm(given.x[token_of], w_in.transpose(1, 2), offs=ends)
-    h = activate(pre, given.layer.w_in.shape[2] == 2, activation)
+    layer, x = given.layer, given.x[token_of]
+    gate, up, down = (None if table is None else table.unflatten(0, (layer.num_experts, -1)) for table in layer.tables)
+    act = reference.ACTIVATIONS[activation]
+
+    def project(table: Tensor) -> Tensor:
+        return F.grouped_mm(x, table.transpose(1, 2), offs=ends)
+
+    h = act(project(up)) if gate is None else act(project(gate)) * project(up)
     width = h.shape[1]
     h = F.pad(h, (0, -width % 8))[:, :width]  # grouped_mm wants rows that are a multiple of 16 bytes apart
-    y = F.grouped_mm(h, w_out, offs=ends)
+    y = F.grouped_mm(h, down, offs=ends)
     total = torch.zeros(given.x.shape, dtype=torch.float32, device=y.device)
     return total.index_add_(0, token_of, y.float()).to(y.dtype)
+
+
+def pruned_candidate(inputs: list[Inputs], activation: str) -> Candidate:
+    """A dense FFN of the experts that the first token chose, the weights packed beforehand where oneDNN can."""
+    pruned = Candidate("pruned", [], 0, expected=[])
+    for given in inputs:
+        chosen = given.expert_ids[0, : int(given.counts[0])]
+        ids = torch.arange(len(chosen), device=chosen.device).expand(len(given.x), -1)
+        pruned.expected.append(reference_ffn(given.layer, chosen, given.x, ids, given.counts, activation))
+        gate, up, down_t = given.layer.of(chosen)
+        weights = [gate, up, down_t.t().contiguous()]
+        pruned.nbytes = sum(weight.nbytes for weight in weights if weight is not None)
+        pruned.calls.append(fastest_dense(given.x, weights, activation))
+    return pruned
+
+
+def fastest_dense(x: Tensor, weights: list[Tensor | None], activation: str) -> Callable[[], Tensor]:
+    if x.is_cuda or activation not in ONEDNN_ACTIVATIONS:
+        return partial(linear_ffn, x, *weights, activation)
+    try:
+        return partial(onednn_ffn, x, *pack_onednn(weights, len(x)), activation)
+    except (AttributeError, RuntimeError):  # no oneDNN in this torch; a dtype that this processor lacks
+        return partial(linear_ffn, x, *weights, activation)
+
+
+def pack_onednn(weights: list[Tensor | None], batch: int) -> list[Tensor | None]:
+    reorder = torch.ops.mkldnn._reorder_linear_weight.default
+    return [None if weight is None else reorder(weight, batch) for weight in weights]
 
 
 def dense_candidates(inputs: list[Inputs], activation: str) -> list[Candidate]:
@@ -260,9 +322,7 @@ def dense_candidates(inputs: list[Inputs], activation: str) -> list[Candidate]:
     linear = Candidate("F.linear", [], nbytes, dense=True)
     onednn = Candidate("oneDNN prepacked", [], nbytes, dense=True)
     for given in inputs:
-        *gate, up = given.layer.w_in.flatten(0, 1).unbind(1)
-        down = given.layer.w_out.flatten(0, 1).t()
-        weights = [None if w is None else w.contiguous() for w in (gate[0] if gate else None, up, down)]
+        weights = [given.layer.gate, given.layer.up, given.layer.down_t.t().contiguous()]
         linear.calls.append(partial(linear_ffn, given.x, *weights, activation))
         if given.x.is_cuda:
             continue
@@ -271,8 +331,7 @@ def dense_candidates(inputs: list[Inputs], activation: str) -> list[Candidate]:
         if onednn.skipped:
             continue
         try:
-            reorder = torch.ops.mkldnn._reorder_linear_weight.default
-            packed = [None if w is None else reorder(w, len(given.x)) for w in weights]
+            packed = pack_onednn(weights, len(given.x))
         except (AttributeError, RuntimeError) as error:  # no oneDNN in this torch; a dtype that this processor lacks
             onednn.skipped = str(error).splitlines()[0]
         else:
@@ -286,7 +345,7 @@ def operators(inputs: list[Inputs], activation: str, nbytes: float) -> list[Cand
     candidates = []
     for name in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
         suffix = "" if device.type == "cpu" else f" {name}"
-        routed = Candidate(f"routed_ffn{suffix}", [], nbytes + inputs[0].layer.router.nbytes)
+        routed = Candidate(f"routed_ffn{suffix}", [], nbytes + inputs[0].layer.router_nbytes)
         sparse = Candidate(f"sparse_ffn{suffix}", [], nbytes)
         candidates += [routed, sparse]
         try:
@@ -300,34 +359,13 @@ def operators(inputs: list[Inputs], activation: str, nbytes: float) -> list[Cand
         routed.required = sparse.required = device.type == "cpu"
         for given in inputs:
             x, layer = given.x, given.layer
-            weights = (layer.w_in, layer.w_out)
-            routed.calls.append(
-                partial(backend.routed_ffn, x, layer.router, None, given.threshold, *weights, activation)
+            router = (layer.router_in, layer.router_out, None)
+            routed.calls.append(partial(backend.routed_ffn, x, *router, given.threshold, *layer.tables, activation))
+            selection = (given.expert_ids, given.counts, activation)
+            sparse.calls.append(
+                partial(backend.sparse_ffn, x, *layer.tables, *selection, num_experts=layer.num_experts)
             )
-            sparse.calls.append(partial(backend.sparse_ffn, x, *weights, given.expert_ids, given.counts, activation))
     return candidates
-
-
-def prefill_candidate(inputs: list[Inputs], activation: str, nbytes: float) -> Candidate:
-    """The module, which computes calls of many tokens as it expects to be faster."""
-    module = Candidate("SparseFFN", [], nbytes + inputs[0].layer.router.nbytes)
-    for given in inputs:
-        num_experts, _, per_neuron, _ = given.layer.w_in.shape
-        *gate, up = given.layer.w_in.flatten(0, 1).unbind(1)
-        weights = {"gate": gate[0], "up": up} if per_neuron == 2 else {"up": up}
-        weights["down"] = given.layer.w_out.flatten(0, 1).t()
-        dense = torch.nn.ModuleDict()
-        for name, weight in weights.items():
-            dense[name] = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-            dense[name].weight = torch.nn.Parameter(weight.contiguous(), requires_grad=False)
-        layout = FFNLayout(gate="gate" if "gate" in weights else None, up="up", down="down", activation=activation)
-        ffn = SparseFFN(dense, layout, num_experts).eval()
-        ffn.router.weight.copy_(given.layer.router)
-        ffn.router.bias.zero_()
-        ffn.pack()
-        ffn.set_request_thresholds(given.threshold.tolist())
-        module.calls.append(partial(ffn, given.x))
-    return module
 
 
 class MixtureOfExperts:
@@ -337,12 +375,13 @@ class MixtureOfExperts:
     is_concatenated = True
 
     def __init__(self, layer: Layer, activation: str) -> None:
-        self.num_experts, _, per_neuron, _ = layer.w_in.shape
-        self.has_gate = per_neuron == 2
+        self.num_experts = layer.num_experts
+        self.has_gate = layer.gate is not None
         self.act_fn = reference.ACTIVATIONS[activation]
-        inputs = torch.cat(layer.w_in.unbind(2), 1)  # [E, G·n, H], an expert's gates before its ups
-        self.gate_up_proj = self.up_proj = inputs
-        self.down_proj = layer.w_out.transpose(1, 2).contiguous()
+        tables = [None if table is None else table.unflatten(0, (self.num_experts, -1)) for table in layer.tables]
+        # [E, 2·n, H], an expert's gates before its ups, or [E, n, H]
+        self.gate_up_proj = self.up_proj = torch.cat([table for table in tables[:2] if table is not None], 1)
+        self.down_proj = tables[2].transpose(1, 2).contiguous()
 
     def _apply_gate(self, pre: Tensor) -> Tensor:
         gate, up = pre.chunk(2, dim=-1)
@@ -357,6 +396,9 @@ def transformers_candidates(inputs: list[Inputs], activation: str, nbytes: float
         from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
     except ImportError:
         batched.skipped = grouped.skipped = "not available: this transformers has none, or is not installed"
+        return [batched, grouped]
+    if inputs[0].layer.width < MIN_GROUPED_WIDTH:
+        batched.skipped = grouped.skipped = f"for experts of at least {MIN_GROUPED_WIDTH} neurons"
         return [batched, grouped]
     for given in inputs:
         experts = MixtureOfExperts(given.layer, activation)
@@ -375,6 +417,8 @@ def sparse_candidates(inputs: list[Inputs], activation: str) -> list[Candidate]:
     transposed = Candidate("index_select (T)", [], nbytes)
     if not hasattr(F, "grouped_mm"):
         grouped.skipped = "this torch has no F.grouped_mm"
+    elif inputs[0].layer.width < MIN_GROUPED_WIDTH:
+        grouped.skipped = f"for experts of at least {MIN_GROUPED_WIDTH} neurons"
     for given in inputs:
         x, layer = given.x, given.layer
         chosen = torch.zeros(len(x), len(given.union), dtype=torch.bool, device=x.device)
@@ -383,11 +427,10 @@ def sparse_candidates(inputs: list[Inputs], activation: str) -> list[Candidate]:
         selected.calls.append(partial(index_select_ffn, given, mask, activation, False))
         transposed.calls.append(partial(index_select_ffn, given, mask, activation, True))
         experts, token_of = chosen.t().nonzero(as_tuple=True)
-        sizes = given.union[experts].bincount(minlength=len(layer.w_in))
+        sizes = given.union[experts].bincount(minlength=layer.num_experts)
         grouped.calls.append(partial(grouped_mm_ffn, given, token_of, sizes.cumsum(0).int(), activation))
-    candidates = [*operators(inputs, activation, nbytes), grouped, selected, transposed]
-    if len(inputs[0].x) > MEMORY_BOUND_TOKENS:
-        candidates.insert(2, prefill_candidate(inputs, activation, nbytes))
+    pruned = pruned_candidate(inputs, activation)
+    candidates = [*operators(inputs, activation, nbytes), pruned, grouped, selected, transposed]
     if inputs[0].x.is_cuda:
         candidates += transformers_candidates(inputs[:2], activation, nbytes)
     return candidates
@@ -497,8 +540,11 @@ def count_experts(active: int, num_experts: int) -> int:
 def plan(name: str, dtype: torch.dtype, args: argparse.Namespace) -> tuple[int, int, int]:
     """Bytes of a layer, the number of layers, and how many of them are held as dense ones too."""
     shape = SHAPES[name]
-    if shape.intermediate_size % args.experts:
-        raise SystemExit(f"{name}: expected --experts to divide {shape.intermediate_size}, got {args.experts}.")
+    if shape.intermediate_size % args.expert_width:
+        raise SystemExit(
+            f"{name}: expected --expert-width to divide {shape.intermediate_size}, got {args.expert_width}."
+        )
+    num_experts = shape.intermediate_size // args.expert_width
     layer_bytes = shape.intermediate_size * (2 + shape.gated) * shape.hidden_size * dtype.itemsize
     # The probe's buffer and the float64 reference of a layer come off first.
     reserved = CACHES_A_ROUND * last_level_cache_bytes(args.device) + layer_bytes * 8 // dtype.itemsize
@@ -508,7 +554,7 @@ def plan(name: str, dtype: torch.dtype, args: argparse.Namespace) -> tuple[int, 
         raise SystemExit(f"{name} in {dtype}: expected --memory of at least {needed:.1f} (GB), got {args.memory:g}.")
     # Dense layers are held twice, as they are and packed for oneDNN.
     num_dense = count_layers(2 * layer_bytes, layer_bytes, memory / 3, args.device)
-    smallest = layer_bytes * min(count_experts(active, args.experts) for active in args.active) / args.experts
+    smallest = layer_bytes * min(count_experts(active, num_experts) for active in args.active) / num_experts
     num_layers = count_layers(layer_bytes, smallest, memory - 2 * num_dense * layer_bytes, args.device)
     return layer_bytes, max(num_layers, num_dense), num_dense
 
@@ -516,9 +562,13 @@ def plan(name: str, dtype: torch.dtype, args: argparse.Namespace) -> tuple[int, 
 def bench_shape(name: str, dtype_name: str, args: argparse.Namespace) -> list[dict]:
     shape, dtype, device = SHAPES[name], getattr(torch, dtype_name), torch.device(args.device)
     tolerance = TOLERANCES[dtype_name]
-    counts = {active: count_experts(active, args.experts) for active in args.active}
+    num_experts = shape.intermediate_size // args.expert_width
+    counts = {active: count_experts(active, num_experts) for active in args.active}
     layer_bytes, num_layers, num_dense = plan(name, dtype, args)
-    layers = [Layer.random(shape, args.experts, dtype, device, args.seed + index) for index in range(num_layers)]
+    layers = [
+        Layer.random(shape, args.expert_width, args.router_rank, dtype, device, args.seed + index)
+        for index in range(num_layers)
+    ]
     probe = make_probe(max(2**30, CACHES_A_ROUND * last_level_cache_bytes(args.device)), device)
 
     rows = []
@@ -531,12 +581,12 @@ def bench_shape(name: str, dtype_name: str, args: argparse.Namespace) -> list[di
             ]
 
         prefill = PREFILL_LAYERS if batch > MEMORY_BOUND_TOKENS else num_layers
-        dense_inputs = inputs_of(min(num_dense, prefill), args.experts)
+        dense_inputs = inputs_of(min(num_dense, prefill), num_experts)
         dense = dense_candidates(dense_inputs, shape.activation)
         sparse = {}
         for active, count in counts.items():
             held = num_layers * layer_bytes
-            number = count_layers(layer_bytes, layer_bytes * count / args.experts, held, args.device)
+            number = count_layers(layer_bytes, layer_bytes * count / num_experts, held, args.device)
             inputs = inputs_of(min(number, prefill), count)
             sparse[active] = inputs, sparse_candidates(inputs, shape.activation)
         for threads in args.threads:
@@ -554,7 +604,7 @@ def bench_shape(name: str, dtype_name: str, args: argparse.Namespace) -> list[di
                 facts = {
                     "command": f"python benchmarks/ffn.py --device {args.device} --shapes {name} --active {active} "
                     f"--batch {batch} --dtype {dtype_name} {f'--threads {threads} ' if threads else ''}"
-                    f"--experts {args.experts} "
+                    f"--expert-width {args.expert_width} --router-rank {args.router_rank} "
                     f"--correlation {args.correlation:g} --memory {args.memory:g} --repeats {args.repeats} "
                     f"--seed {args.seed}",
                     "device": args.device,
@@ -566,9 +616,11 @@ def bench_shape(name: str, dtype_name: str, args: argparse.Namespace) -> list[di
                     "dtype": dtype_name,
                     "batch": batch,
                     "threads": threads,
-                    "experts": args.experts,
+                    "experts": num_experts,
+                    "expert_width": args.expert_width,
+                    "router_rank": args.router_rank,
                     "count": counts[active],
-                    "active_percent": 100 * counts[active] / args.experts,
+                    "active_percent": 100 * counts[active] / num_experts,
                     "union_percent": 100 * read / (len(inputs) * layer_bytes),
                     "layers": len(inputs),
                     "caches_a_round": read / last_level_cache_bytes(args.device),
@@ -579,26 +631,15 @@ def bench_shape(name: str, dtype_name: str, args: argparse.Namespace) -> list[di
     return rows
 
 
-def overhead() -> dict[str, float]:
-    """Microseconds of a call whose FFN is too small to matter, on one thread: the operator's, and the module's."""
+def overhead() -> float:
+    """Microseconds of a `routed_ffn` call whose FFN is too small to matter, on one thread."""
     torch.set_num_threads(1)
-    dense = torch.nn.ModuleDict(
-        {
-            "gate": torch.nn.Linear(32, 64, bias=False),
-            "up": torch.nn.Linear(32, 64, bias=False),
-            "down": torch.nn.Linear(64, 32, bias=False),
-        }
-    )
-    ffn = SparseFFN(dense.bfloat16(), FFNLayout(gate="gate", up="up", down="down", activation="silu"), 8).eval()
+    layer = Layer.random(Shape(32, 64, True, "silu"), 8, 4, torch.bfloat16, torch.device("cpu"), 0)
     x = torch.randn(1, 32).bfloat16()
-    layer = Layer.random(Shape(32, 64, True, "silu"), 8, torch.bfloat16, torch.device("cpu"), 0)
-    threshold = torch.ones(())
-    op = partial(
-        torch.ops.prunepath.routed_ffn.default, x, layer.router, None, threshold, layer.w_in, layer.w_out, "silu"
-    )
-    calls = {"routed_ffn": op, "SparseFFN": partial(ffn, x)}
-    samples = {name: [seconds(call, 2000) for _ in range(11)] for name, call in calls.items()}
-    return {name: 1e6 * statistics.median(times) for name, times in samples.items()}
+    router = (layer.router_in, layer.router_out, None)
+    op = torch.ops.prunepath.routed_ffn.default
+    call = partial(op, x, *router, torch.ones(()), *layer.tables, "silu")
+    return 1e6 * statistics.median(seconds(call, 2000) for _ in range(11))
 
 
 def write_csv(path: str, rows: list[dict]) -> None:
@@ -680,7 +721,8 @@ def main() -> None:
         "--dtype", type=choices(TOLERANCES), default=["bfloat16"], help=f"comma-separated: {', '.join(TOLERANCES)}"
     )
     parser.add_argument("--threads", type=whole_numbers, help="of a CPU, comma-separated")
-    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--expert-width", type=int, default=1, help="neurons of an expert")
+    parser.add_argument("--router-rank", type=int, default=256, help="0: full rank")
     parser.add_argument(
         "--correlation",
         type=float,
@@ -710,8 +752,13 @@ def main() -> None:
         parser.error(f"argument --active: expected percentages from 1 to 100, got {args.active}")
     if not 0 <= args.correlation <= 1:
         parser.error(f"argument --correlation: expected a number from 0 to 1, got {args.correlation}")
-    if min(*args.batch, *[threads or 1 for threads in args.threads], args.experts, args.repeats) < 1:
-        parser.error("expected batches, threads, experts and repeats of at least 1")
+    if (
+        min(*args.batch, *[threads or 1 for threads in args.threads], args.expert_width, args.repeats) < 1
+        or args.router_rank < 0
+    ):
+        parser.error(
+            "expected batches, threads, expert width and repeats of at least 1, and a router rank of at least 0"
+        )
     for path in (args.json, args.csv, args.plot):
         if path and not Path(path).absolute().parent.is_dir():
             parser.error(f"the folder of {path} does not exist")
@@ -725,10 +772,9 @@ def main() -> None:
     rows = []
     for name, dtype_name in runs:
         rows.extend(bench_shape(name, dtype_name, args))
-    tiny = overhead() if args.device == "cpu" else {}
+    tiny = {"routed_ffn": overhead()} if args.device == "cpu" else {}
     for name, us in tiny.items():
-        print(f"\nOverhead of a {name} call on a tiny FFN: {us:.1f} µs", end="")
-    print()
+        print(f"\nOverhead of a {name} call on a tiny FFN: {us:.1f} µs")
     if args.json:
         write_json(args.json, {"machine": machine(args.device), "date": today(), "rows": rows, "overhead": tiny})
     if args.csv:

@@ -1,14 +1,14 @@
-"""Times torch.ops.prunepath.route beside the same selection in plain torch: softmax, sort, cumsum.
+"""Times torch.ops.prunepath.route and select beside the same selection in plain torch: softmax, sort, cumsum.
 
     python benchmarks/route.py                       # the default shapes, as a table
     python benchmarks/route.py --experts 128 --tokens 1,64 --json route.json
-    python benchmarks/route.py --device cuda --experts 128 --tokens 1,64     # the Triton kernel too
+    python benchmarks/route.py --device cuda --experts 128 --tokens 1,64     # the Triton kernels too
 
-Every timed call is checked first, on the very inputs that are timed: `route` must equal the pure-torch
-reference bit for bit. The plain-torch version is what one would write without the operator; it sums floats,
-so it may differ where a mass lies within rounding of the threshold, and the share of tokens for which it
-selects the same experts is reported. Medians of interleaved repetitions, on fresh random logits; on a GPU of
-replays of CUDA graphs of many calls, timed on the device.
+Every timed call is checked first, on the very inputs that are timed: `route` and `select` must equal the pure-torch
+reference bit for bit. The plain-torch version is what one would write without the operator; it sums floats, so it may
+differ where a mass lies within rounding of the threshold, and the share of tokens for which it selects the same
+experts is reported. Medians of interleaved repetitions, on fresh random logits; on a GPU of replays of CUDA graphs of
+many calls, timed on the device.
 """
 
 import argparse
@@ -36,22 +36,31 @@ def plain_torch(logits: torch.Tensor, threshold: float):
     )
 
 
+def plain_torch_mask(logits: torch.Tensor, threshold: float):
+    """(mask, counts) as `select` has them, from float sums."""
+    probs, ids = torch.softmax(logits.float(), dim=-1).sort(dim=-1, descending=True, stable=True)
+    active = probs.cumsum(-1) - probs < threshold
+    return torch.zeros_like(active).scatter_(1, ids, active), active.sum(-1, dtype=torch.int32)
+
+
 def measure(experts: int, tokens: int, args: argparse.Namespace) -> dict:
     threshold = args.threshold
     logits = (3 * torch.randn(tokens, experts, device=args.device)).to(getattr(torch, args.dtype))
-    expected = reference.route(logits, threshold)
-    candidates = {"route": lambda: torch.ops.prunepath.route(logits, threshold)}
+    expected = {"route": reference.route(logits, threshold), "select": reference.select(logits, threshold)}
+    names = ("route", "select")
+    candidates = {name: partial(getattr(torch.ops.prunepath, name).default, logits, threshold) for name in names}
     if args.device == "cuda":
-        triton = ops.resolve_backend("triton", logits.device).route
-        candidates["triton"] = lambda: triton(logits, threshold)
+        triton = ops.resolve_backend("triton", logits.device)
+        candidates |= {f"triton_{name}": partial(getattr(triton, name), logits, threshold) for name in names}
     for name, call in candidates.items():
-        for output, left, right in zip(("expert_ids", "probs", "counts"), call(), expected, strict=True):
+        for index, (left, right) in enumerate(zip(call(), expected[name.removeprefix("triton_")], strict=True)):
             if not torch.equal(left, right):
                 raise SystemExit(
-                    f"{name}: the {output} differ from the reference at E={experts}, T={tokens}: nothing is timed."
+                    f"{name}: output {index} differs from the reference at E={experts}, T={tokens}: nothing is timed."
                 )
-    candidates["plain_torch"] = lambda: plain_torch(logits, threshold)
-    agreement = (candidates["plain_torch"]()[2] == expected[2]).float().mean().item()
+    candidates["plain_torch"] = partial(plain_torch, logits, threshold)
+    candidates["plain_torch_mask"] = partial(plain_torch_mask, logits, threshold)
+    agreement = (candidates["plain_torch"]()[2] == expected["route"][2]).float().mean().item()
 
     if args.device == "cuda":
         samples = {name: graph_seconds([call]) for name, call in candidates.items()}
@@ -72,9 +81,10 @@ def measure(experts: int, tokens: int, args: argparse.Namespace) -> dict:
         "tokens": tokens,
         "threshold": threshold,
         "dtype": args.dtype,
-        "mean_count": expected[2].float().mean().item(),
+        "mean_count": expected["route"][2].float().mean().item(),
         **{f"{name}_us": 1e6 * median for name, median in medians.items()},
         "speedup": medians["plain_torch"] / medians["route"],
+        "select_speedup": medians["plain_torch_mask"] / medians["select"],
         "plain_torch_same_counts": agreement,
     }
 
@@ -86,8 +96,8 @@ def _micros(value: float | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--experts", type=whole_numbers, default=[64, 128, 256], help="comma-separated")
-    parser.add_argument("--tokens", type=whole_numbers, default=[1, 8, 64, 512], help="comma-separated")
+    parser.add_argument("--experts", type=whole_numbers, default=[128, 1536, 4096, 14336], help="comma-separated")
+    parser.add_argument("--tokens", type=whole_numbers, default=[1, 64], help="comma-separated")
     parser.add_argument("--threshold", type=float, default=0.8)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -108,7 +118,10 @@ def main() -> None:
     )
     table = sys.stderr if args.json == "-" else sys.stdout
     print(f"{command}\n{machine(args.device)}", file=table)
-    print("    E     T  mean count    route µs   triton µs  plain torch µs  speed-up", file=table)
+    print(
+        "    E     T  mean count    route µs   triton µs  plain torch µs  speed-up   select µs   triton µs  speed-up",
+        file=table,
+    )
     rows = []
     for experts in args.experts:
         for tokens in args.tokens:
@@ -116,8 +129,9 @@ def main() -> None:
             rows.append(row)
             print(
                 f"{experts:5d} {tokens:5d} {row['mean_count']:11.1f} {row['route_us']:11.2f} "
-                f"{_micros(row.get('triton_us')):>11} "
-                f"{row['plain_torch_us']:15.2f} {row['speedup']:8.1f}x",
+                f"{_micros(row.get('triton_route_us')):>11} "
+                f"{row['plain_torch_us']:15.2f} {row['speedup']:8.1f}x {row['select_us']:11.2f} "
+                f"{_micros(row.get('triton_select_us')):>11} {row['select_speedup']:8.1f}x",
                 file=table,
             )
     result = {"command": command, "machine": machine(args.device), "date": today(), "rows": rows}

@@ -17,10 +17,7 @@ constexpr int64_t kPartialNeurons = 256;
 
 // How far ahead of the row that is worked on rows are asked for. One core's own misses keep too few
 // cache lines in flight for the memory's bandwidth, and the active rows are not next to each other.
-#ifndef AHEAD
-#define AHEAD (8 << 10)
-#endif
-constexpr int64_t kAheadBytes = AHEAD;
+constexpr int64_t kAheadBytes = 6 << 10;
 
 // Neurons whose rows are read one by one: first all that a dot product with x needs, then all that
 // are added to y.
@@ -33,10 +30,7 @@ constexpr bool kHasTiles = kLanes == 16;
 constexpr int kTileRows = 4;
 constexpr int kTileTokensAtOnce = 4;
 constexpr int64_t kSpanNeurons = 64;
-#ifndef SPANKB
-#define SPANKB 128
-#endif
-constexpr int64_t kSpanBytes = int64_t{SPANKB} << 10;  // of output rows, which wait in the L2 cache
+constexpr int64_t kSpanBytes = int64_t{128} << 10;  // of output rows, which wait in the L2 cache
 
 // Elements that a step of the inner loops takes of every row: whole cache lines, whole pairs.
 template <typename W>
@@ -50,11 +44,12 @@ constexpr int64_t whole_steps(int64_t size) {
   return size / step_size<W>() * step_size<W>();
 }
 
-// Asks for the cache lines of a step.
+// Asks for the cache lines of a step, into the second-level cache: the first level keeps fewer in
+// flight.
 template <typename W>
 PRUNEPATH_INLINE void prefetch_step(const W* data) {
   for (int64_t i = 0; i < step_size<W>(); i += kCacheLine / static_cast<int64_t>(sizeof(W))) {
-    __builtin_prefetch(data + i, 0, 3);
+    __builtin_prefetch(data + i, 0, 2);
   }
 }
 

@@ -28,7 +28,7 @@ struct Row {
   // Experts that are left to look at, with room for a vector more.
   uint32_t* candidate_keys;
   int32_t* candidates;  // their mass in the search, then their ids
-  // For sorting; each pair of arrays that follow each other is one of 64-bit elements too.
+  // For sorting.
   int32_t* ranks;
   int32_t* order;
 };
@@ -213,7 +213,7 @@ Cutoff find_cutoff(const Row& row) {
       sums[(keys[i] >> down) % kDigits] +=
           uint64_t{1} << kCountShift | static_cast<uint64_t>(mass[i]);
     }
-    uint32_t digit = kDigits - 1;
+    uint32_t digit = keys == row.keys ? ordered_key(row.max) >> down : kDigits - 1;
     for (;; --digit) {
       const int64_t count = static_cast<int64_t>(sums[digit] >> kCountShift);
       const int64_t sum = static_cast<int64_t>(sums[digit] & kMassMask);

@@ -9,6 +9,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 
 // The hot loops are compiled twice and chosen at load time, where the platform can do that. FMA and
@@ -44,7 +45,8 @@ struct Rows {
   const float* operator[](int64_t row) const { return data + row * width; }
 };
 
-// Calls work(begin, end) for consecutive pieces of 0..count, begin a multiple of `grain`.
+// Calls work(begin, end) for consecutive pieces of 0..count, begin a multiple of `grain`. Pieces
+// for which the system starts no thread are worked on here.
 template <typename Work>
 void parallel_for(int64_t count, int64_t grain, int num_threads, const Work& work) {
   const int64_t blocks = (count + grain - 1) / grain;
@@ -53,8 +55,14 @@ void parallel_for(int64_t count, int64_t grain, int num_threads, const Work& wor
   const auto bound = [&](int64_t piece) {
     return std::min(count, blocks * piece / pieces * grain);
   };
-  for (int64_t piece = 1; piece < pieces; ++piece) {
-    threads.emplace_back([&, piece] { work(bound(piece), bound(piece + 1)); });
+  threads.reserve(static_cast<size_t>(std::max<int64_t>(pieces, 0)));
+  int64_t piece = 1;
+  try {
+    for (; piece < pieces; ++piece) {
+      threads.emplace_back([&, piece] { work(bound(piece), bound(piece + 1)); });
+    }
+  } catch (const std::system_error&) {
+    if (pieces > piece) work(bound(piece), count);
   }
   if (pieces > 0) work(0, bound(1));
   for (std::thread& thread : threads) thread.join();

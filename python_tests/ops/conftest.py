@@ -1,6 +1,7 @@
 """Inputs of the FFN operators."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,20 +9,52 @@ import torch
 
 @dataclasses.dataclass
 class FfnInputs:
-    """Random inputs: x and weights of one dtype, and the optional parameters as keyword arguments."""
+    """Random inputs: x, tables and router of one dtype, and the biases as keyword arguments."""
 
     x: torch.Tensor
-    w_in: torch.Tensor
-    w_out: torch.Tensor
-    router_weight: torch.Tensor
+    gate: torch.Tensor | None
+    up: torch.Tensor
+    down_t: torch.Tensor
+    router_in: torch.Tensor
+    router_out: torch.Tensor
     router_bias: torch.Tensor
-    parameters: dict[str, torch.Tensor]
+    num_experts: int
+    biases: dict[str, torch.Tensor]
+
+    @property
+    def tables(self):
+        return self.gate, self.up, self.down_t
+
+    @property
+    def router(self):
+        return self.router_in, self.router_out, self.router_bias
 
     def wide(self):
         """The same in float64."""
-        parameters = {name: value.double() for name, value in self.parameters.items()}
-        weights = (self.w_in.double(), self.w_out.double(), self.router_weight.double())
-        return FfnInputs(self.x.double(), *weights, self.router_bias.double(), parameters)
+
+        def double(value):
+            if isinstance(value, dict):
+                return {name: tensor.double() for name, tensor in value.items()}
+            return value.double() if isinstance(value, torch.Tensor) else value
+
+        fields = dataclasses.fields(self)
+        return FfnInputs(**{field.name: double(getattr(self, field.name)) for field in fields})
+
+    def sparse(self, op, ids, counts, activation="silu", **changes):
+        """`op`, a `sparse_ffn`, of these inputs."""
+        arguments = {"x": self.x, "gate": self.gate, "up": self.up, "down_t": self.down_t} | changes
+        return op(
+            **arguments,
+            expert_ids=ids,
+            counts=counts,
+            activation=activation,
+            num_experts=self.num_experts,
+            **self.biases,
+        )
+
+    def routed(self, op, threshold, activation="silu", **options):
+        """`op`, a `routed_ffn`, of these inputs."""
+        return op(self.x, *self.router, threshold, *self.tables, activation, **self.biases, **options)
 
 
 @pytest.fixture
@@ -32,33 +65,54 @@ def make_ffn():
         width=6,
         hidden_size=40,
         *,
+        rank=8,
         gated=True,
         dtype=torch.float32,
-        parameters=True,
-        parameter_dtype=torch.float32,
+        biases=True,
+        bias_dtype=torch.float32,
         seed=0,
     ):
         generator = torch.Generator().manual_seed(seed)
 
-        def normal(*shape, scale=1.0):
-            return torch.randn(*shape, generator=generator) * scale
+        def normal(*shape, scale=1.0, dtype=dtype):
+            return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
-        inner = 2 if gated else 1
+        intermediate_size = num_experts * width
         given = {
-            "b_in": normal(num_experts, width, inner, scale=0.5).to(parameter_dtype),
-            "b_out": normal(hidden_size).to(parameter_dtype),
-            "center": normal(num_experts, width, scale=0.3).to(parameter_dtype),
+            "gate_bias": normal(intermediate_size, scale=0.5, dtype=bias_dtype),
+            "up_bias": normal(intermediate_size, scale=0.5, dtype=bias_dtype),
+            "down_bias": normal(hidden_size, dtype=bias_dtype),
         }
+        if not gated:
+            del given["gate_bias"]
+        scale = hidden_size**-0.5
         return FfnInputs(
-            normal(num_tokens, hidden_size).to(dtype),
-            normal(num_experts, width, inner, hidden_size, scale=max(hidden_size, 1) ** -0.5).to(dtype),
-            normal(num_experts, width, hidden_size).to(dtype),
-            normal(num_experts, hidden_size, scale=2 * max(hidden_size, 1) ** -0.5).to(dtype),
-            normal(num_experts),
-            given if parameters else {},
+            x=normal(num_tokens, hidden_size),
+            gate=normal(intermediate_size, hidden_size, scale=scale) if gated else None,
+            up=normal(intermediate_size, hidden_size, scale=scale),
+            down_t=normal(intermediate_size, hidden_size),
+            router_in=normal(rank, hidden_size, scale=scale),
+            router_out=normal(num_experts, rank, scale=2 * rank**-0.5),
+            router_bias=normal(num_experts, dtype=torch.float32),
+            num_experts=num_experts,
+            biases=given if biases else {},
         )
 
     return make
+
+
+@pytest.fixture
+def poison():
+    """Puts NaN (integers: −77) into the freed memory that outputs of the given shapes are likely to be made of."""
+
+    def fill(*shapes_and_dtypes):
+        held = []
+        for shape, dtype in shapes_and_dtypes:
+            value = math.nan if dtype.is_floating_point else -77
+            held += [torch.full(shape, value, dtype=dtype) for _ in range(8)]
+        del held
+
+    return fill
 
 
 @pytest.fixture

@@ -30,7 +30,13 @@ extern "C" {
 void masses(float max, const float* z, int64_t size, int64_t* out) {
   for (int64_t i = 0; i < size; ++i) out[i] = mass_units(max, z[i]);
 }
-int goes_before_(float a, int32_t i, float b, int32_t j) { return goes_before(a, i, b, j); }
+void keys(const float* z, int64_t size, uint32_t* out) {
+  for (int64_t i = 0; i < size; ++i) out[i] = ordered_key(z[i]);
+}
+int64_t ties(float tau, int64_t total, int64_t least, int64_t most, int64_t rank, int64_t before,
+             int64_t count, int64_t mass) {
+  return active_ties({tau, total, least, most}, rank, before, count, mass);
+}
 int is_needed_(int64_t before, float tau, int64_t total) { return is_needed(before, tau, total); }
 void widen(const void* data, int dtype, int64_t size, float* out) {
   for (int64_t i = 0; i < size; ++i) out[i] = load_as_float(data, static_cast<DType>(dtype), i);
@@ -52,15 +58,27 @@ void narrow(const float* data, int dtype, int64_t size, void* out) {
     else from_float(data[i], static_cast<Float16*>(out) + i);
   }
 }
-void portable_ffn(int64_t E, int64_t n, int64_t G, int64_t H, int dtype, const void* w_in,
-                  const void* w_out, const uint64_t* masks, const void* x, float* sum,
-                  float* partial) {
-  int32_t experts[64];
+void portable_ffn(int64_t E, int64_t n, int64_t H, int dtype, const void* gate, const void* up,
+                  const void* down, const uint64_t* expert_masks, const void* x, float* wide,
+                  float* sum, float* partial) {
+  const DType type = static_cast<DType>(dtype);
+  int32_t neurons[64];
+  uint64_t masks[64];
   int64_t count = 0;
-  for (int32_t e = 0; e < E; ++e) if (masks[e]) experts[count++] = e;
-  const FfnWeights weights{{E, n, G, H}, static_cast<DType>(dtype), w_in, {G * H, H}, w_out, {}, {},
+  for (int32_t j = 0; j < E * n; ++j) {
+    if (expert_masks[j / n]) {
+      neurons[count] = j;
+      masks[count++] = expert_masks[j / n];
+    }
+  }
+  for (int t = 0; t < 3; ++t) {
+    const int64_t size = dtype == 0 ? 4 : 2;
+    kFfnKernelsPortable.widen(static_cast<const char*>(x) + t * H * size, type, 1, H, type,
+                              wide + t * H);
+  }
+  const FfnWeights weights{{E, n, H, gate != nullptr, H, H, H}, type, gate, up, down, {}, {},
                            Activation::kSilu};
-  kFfnKernelsPortable.run_neurons(weights, {experts, masks, 3}, x, H, 0, count * n, sum, partial);
+  kFfnKernelsPortable.run_neurons(weights, {neurons, masks}, {3, x, H, wide}, 0, count, sum, partial);
 }
 }
 """
@@ -94,11 +112,13 @@ def compiled(folder: Path, source: str, options: list[str]) -> ctypes.CDLL:
 def library(tmp_path_factory):
     loaded = compiled(tmp_path_factory.mktemp("core"), SOURCE, [])
     loaded.masses.argtypes = [ctypes.c_float, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-    loaded.goes_before_.argtypes = [ctypes.c_float, ctypes.c_int32, ctypes.c_float, ctypes.c_int32]
+    loaded.keys.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    loaded.ties.argtypes = [ctypes.c_float] + [ctypes.c_int64] * 7
+    loaded.ties.restype = ctypes.c_int64
     loaded.is_needed_.argtypes = [ctypes.c_int64, ctypes.c_float, ctypes.c_int64]
     for function in (loaded.widen, loaded.widen_vector, loaded.narrow):
         function.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p]
-    loaded.portable_ffn.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] + [ctypes.c_void_p] * 6
+    loaded.portable_ffn.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] + [ctypes.c_void_p] * 8
     return loaded
 
 
@@ -132,12 +152,33 @@ def test_every_route_kernel_has_the_reference_masses(kernel, tmp_path):
         assert torch.equal(got.long(), reference.mass(z[None])[0]), f"largest logit {largest}"
 
 
-def test_order_and_need(library):
-    assert library.goes_before_(1.0, 5, 0.0, 1) and not library.goes_before_(0.0, 1, 1.0, 5)
-    assert library.goes_before_(0.0, 1, -0.0, 2) and not library.goes_before_(0.0, 2, -0.0, 1)
+def test_need(library):
     assert library.is_needed_(49, 0.5, 100) and not library.is_needed_(50, 0.5, 100)
     assert library.is_needed_(100, 1.0, 100) and library.is_needed_(100, float("nan"), 100)
     assert not library.is_needed_(0, 0.0, 100)
+
+
+def test_keys_are_in_the_order_of_the_logits(library):
+    values = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-40, 40).repeat(125)
+    z = (
+        torch.cat([values, torch.tensor([-math.inf, math.inf, 0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38])])
+        .sort()
+        .values
+    )
+    keys = torch.empty(z.numel(), dtype=torch.int32)
+    library.keys(z.data_ptr(), z.numel(), keys.data_ptr())
+    keys = keys.long() & 0xFFFFFFFF
+    assert torch.equal(keys.diff().sign(), torch.sign((z[1:] > z[:-1]).long())) and keys[0] > 0
+
+
+def test_ties_are_active_one_by_one(library):
+    for case in ((0.5, 100, 1, 9, 2, 30, 5, 10), (0.5, 100, 8, 9, 2, 30, 9, 10), (1.0, 100, 1, 4, 2, 30, 9, 10)):
+        tau, total, least, most, rank, before, count, mass = case
+        active = [
+            rank + i < most and (rank + i < least or bool(library.is_needed_(before + i * mass, tau, total)))
+            for i in range(count)
+        ]
+        assert library.ties(*case) == sum(active) and active == sorted(active, reverse=True)
 
 
 @pytest.mark.parametrize("code", DTYPES)
@@ -173,15 +214,13 @@ def test_narrowing_rounds_as_torch_does(library, code):
 @pytest.mark.parametrize("gated", [False, True])
 def test_portable_kernels(library, make_ffn, code, dtype, gated):
     """The kernels of processors without AVX2, whatever this one has."""
-    ffn = make_ffn(3, 6, 7, 29, gated=gated, dtype=dtype, parameters=False)
+    ffn = make_ffn(3, 6, 7, 29, gated=gated, dtype=dtype, biases=False)
     active = torch.tensor([[1, 0, 1, 0, 1, 1], [0, 0, 1, 0, 0, 1], [1, 0, 0, 0, 1, 0]])
     masks = (active << torch.arange(3)[:, None]).sum(0)
-    x = ffn.x.contiguous()
-    sums, partial = torch.zeros(3, 29), torch.zeros(3, 29)
-    pointers = [t.data_ptr() for t in (ffn.w_in, ffn.w_out, masks, x, sums, partial)]
-    library.portable_ffn(6, 7, 2 if gated else 1, 29, code, *pointers)
+    wide, sums, partial = torch.zeros(3, 29), torch.zeros(3, 29), torch.zeros(3, 29)
+    tensors = (*ffn.tables, masks, ffn.x, wide, sums, partial)
+    library.portable_ffn(6, 7, 29, code, *(None if t is None else t.data_ptr() for t in tensors))
     counts = active.sum(1).int()
     ids = active.argsort(dim=1, descending=True, stable=True).int()
-    wide = ffn.wide()
-    expected = reference.sparse_ffn(wide.x, wide.w_in, wide.w_out, ids, counts, "silu")
+    expected = ffn.wide().sparse(reference.sparse_ffn, ids, counts)
     assert (sums.double() - expected).norm() <= 1e-6 * expected.norm()

@@ -64,9 +64,9 @@ def test_operators_and_backends_refuse_it_too(tmp_path):
     code = (
         "import torch\nfrom prunepath import errors, ops\n"
         "print(ops.backends()['cpu'])\n"
-        "x, w = torch.zeros(1, 4), torch.zeros(2, 3, 1, 4)\n"
+        "x, w = torch.zeros(1, 4), torch.zeros(6, 4)\n"
         "ids, counts = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)\n"
-        "try:\n    ops.sparse_ffn(x, w, w[:, :, 0].contiguous(), ids, counts, 'relu')\n"
+        "try:\n    ops.sparse_ffn(x, None, w, w, ids, counts, 'relu', num_experts=2)\n"
         "except RuntimeError as e:\n    print(e)\n"
         "try:\n    ops.resolve_backend('cpu', 'cpu')\n"
         "except errors.BackendError as e:\n    print(e)\n"

@@ -1,6 +1,4 @@
-"""`pack_experts` lays weights out bit for bit, from any strides, and `unpack_experts` is its inverse."""
-
-import math
+"""`pack_experts` lays weights out bit for bit, from any strides, in any order of the neurons."""
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from prunepath import ops
 from prunepath.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NS = torch.ops.prunepath
+OP = torch.ops.prunepath.pack_experts.default
 
 
 def make_weights(intermediate_size, hidden_size, gated=True, dtype=torch.float32, seed=0):
@@ -34,85 +32,74 @@ def assert_same_bits(got, expected):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    num_experts=st.integers(1, 6),
-    width=st.integers(0, 70),
-    hidden_size=st.integers(0, 70),
+    intermediate_size=st.integers(0, 200),
+    hidden_size=st.integers(0, 140),
     gated=st.booleans(),
+    ordered=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
-def test_equals_reference_and_inverts(num_experts, width, hidden_size, gated, dtype):
-    weights = make_weights(num_experts * width, hidden_size, gated, dtype)
-    packed = ops.pack_experts(*weights, num_experts)
-    assert_same_bits(packed, reference.pack_experts(*weights, num_experts))
-    unpacked = ops.unpack_experts(*packed)
-    assert_same_bits(unpacked, [w for w in weights if w is not None])
-    assert_same_bits(reference.unpack_experts(*packed), unpacked)
+def test_equals_reference(intermediate_size, hidden_size, gated, ordered, dtype):
+    weights = make_weights(intermediate_size, hidden_size, gated, dtype)
+    order = torch.randperm(intermediate_size, generator=torch.Generator().manual_seed(1)) if ordered else None
+    assert_same_bits(ops.pack_experts(*weights, order), reference.pack_experts(*weights, order))
 
 
 def test_layout():
     gate, up, down = make_weights(12, 5)
-    w_in, w_out = ops.pack_experts(gate, up, down, 3)
-    assert w_in.shape == (3, 4, 2, 5) and w_out.shape == (3, 4, 5)
-    for neuron in range(12):
-        e, j = divmod(neuron, 4)
-        assert torch.equal(w_in[e, j, 0], gate[neuron])
-        assert torch.equal(w_in[e, j, 1], up[neuron])
-        assert torch.equal(w_out[e, j], down[:, neuron])
+    order = torch.arange(12).flip(0)
+    packed = ops.pack_experts(gate, up, down, order)
+    for j in range(12):
+        assert torch.equal(packed[0][j], gate[11 - j])
+        assert torch.equal(packed[1][j], up[11 - j])
+        assert torch.equal(packed[2][j], down[:, 11 - j])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_strides(dtype):
     """Transposed weights (GPT-2's Conv1D) and slices of one matrix (Phi-3's gate_up_proj)."""
-    gate, up, down = make_weights(24, 10, dtype=dtype)
-    expected = ops.pack_experts(gate, up, down, 4)
+    gate, up, down = make_weights(72, 70, dtype=dtype)
+    order = torch.randperm(72, generator=torch.Generator().manual_seed(2))
+    expected = reference.pack_experts(gate, up, down, order)
     merged = torch.cat([gate, up])
-    views = (merged[:24], merged[24:], down.t().contiguous().t())
-    assert_same_bits(ops.pack_experts(*views, 4), expected)
-    views = tuple(w.t().contiguous().t() for w in (gate, up, down))
-    assert_same_bits(ops.pack_experts(*views, 4), expected)
-    views = (torch.stack([gate, gate], 2)[..., 0], up, down)
-    assert_same_bits(ops.pack_experts(*views, 4), expected)
+    for views in (
+        (merged[:72], merged[72:], down.t().contiguous().t()),
+        tuple(w.t().contiguous().t() for w in (gate, up, down)),
+        (torch.stack([gate, gate], 2)[..., 0], up, down),
+    ):
+        assert_same_bits(ops.pack_experts(*views, order), expected)
+
+
+def test_copies_what_is_laid_out_already():
+    _, up, down = make_weights(6, 4, gated=False)
+    packed = ops.pack_experts(None, up, down.t().contiguous().t())
+    packed[0].zero_()
+    assert up.count_nonzero() == up.numel()
 
 
 def test_nan_payloads_survive():
     _, up, down = make_weights(4, 4, gated=False)
     up.view(torch.int32)[0, 0] = 0x7F800001  # a signalling NaN
-    packed = ops.pack_experts(None, up, down, 2)
-    assert packed[0].view(torch.int32)[0, 0, 0, 0] == 0x7F800001
-    assert_same_bits(ops.unpack_experts(*packed), [up, down])
-
-
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_out_overloads_write_every_element(gated, dtype):
-    gate, up, down = make_weights(20, 7, gated, dtype)
-    expected = ops.pack_experts(gate, up, down, 4)
-    outputs = {
-        name: torch.full_like(tensor, math.nan) for name, tensor in zip(("w_in", "w_out"), expected, strict=True)
-    }
-    assert NS.pack_experts.out(gate, up, down, 4, **outputs) is None
-    assert_same_bits(list(outputs.values()), expected)
-    names = ("gate", "up", "down") if gated else ("up", "down")
-    weights = [w for w in (gate, up, down) if w is not None]
-    outputs = {name: torch.full_like(w, math.nan) for name, w in zip(names, weights, strict=True)}
-    NS.unpack_experts.out(*expected, **({"gate": None} | outputs))
-    assert_same_bits(list(outputs.values()), weights)
+    assert ops.pack_experts(None, up, down)[0].view(torch.int32)[0, 0] == 0x7F800001
 
 
 GATE, UP, DOWN = make_weights(12, 5)
+ORDER = torch.arange(12)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((None, UP, DOWN, 5), "num_experts .* divide the 12 neurons of up, got 5"),
-        ((None, UP, DOWN, 0), "num_experts .* got 0"),
-        ((None, UP[0], DOWN, 3), r"up of shape \[D, H\], got \[5\]"),
-        ((None, UP, UP, 3), r"down of shape \[H, D\] = \[5, 12\], got \[12, 5\]"),
-        ((DOWN, UP, DOWN, 3), r"gate of shape \[D, H\] = \[12, 5\], got \[5, 12\]"),
-        ((GATE.half(), UP, DOWN, 3), "gate of dtype float32, got float16"),
-        ((None, UP, DOWN.double(), 3), "down of dtype float32, got float64"),
-        ((None, UP.int(), DOWN.int(), 3), "up of dtype .* got int32"),
+        ((None, UP[0], DOWN), r"up of shape \[D, H\], got \[5\]"),
+        ((None, UP, UP), r"down of shape \[H, D\] = \[5, 12\], got \[12, 5\]"),
+        ((DOWN, UP, DOWN), r"gate of shape \[D, H\] = \[12, 5\], got \[5, 12\]"),
+        ((GATE.half(), UP, DOWN), "gate of dtype float32, got float16"),
+        ((None, UP, DOWN.double()), "down of dtype float32, got float64"),
+        ((None, UP.int(), DOWN.int()), "up of dtype .* got int32"),
+        ((None, UP, DOWN, ORDER.int()), "order of dtype int64, got int32"),
+        ((None, UP, DOWN, ORDER[:11]), r"order of shape \[D\] = \[12\], got \[11\]"),
+        ((None, UP, DOWN, ORDER + 1), "order to hold numbers from 0 to 11, got 12"),
+        ((None, UP, DOWN, ORDER - 1), "order to hold numbers from 0 to 11, got -1"),
+        ((None, UP, DOWN, ORDER // 2), "order to be a permutation, got 0 twice"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
@@ -120,36 +107,15 @@ def test_bad_arguments_are_named(arguments, message):
         ops.pack_experts(*arguments)
 
 
-def test_bad_packed_weights_are_named():
-    w_in, w_out = ops.pack_experts(GATE, UP, DOWN, 3)
-    prefix = "prunepath::unpack_experts: expected"
-    with pytest.raises(RuntimeError, match=rf"{prefix} w_out of shape .* got \[2, 4, 5\]"):
-        ops.unpack_experts(w_in, w_out[:2])
-    with pytest.raises(RuntimeError, match=f"{prefix} w_in to be contiguous"):
-        ops.unpack_experts(w_in.flip(0).transpose(0, 1).contiguous().transpose(0, 1), w_out)
-    with pytest.raises(RuntimeError, match=f"{prefix} gate to be given .* got None"):
-        NS.unpack_experts.out(w_in, w_out, gate=None, up=UP.clone(), down=DOWN.clone())
-
-
 @pytest.mark.parametrize("gated", [False, True])
 def test_opcheck(gated):
-    weights = make_weights(12, 5, gated)
-    packed = ops.pack_experts(*weights, 3)
-    torch.library.opcheck(NS.pack_experts.default, (*weights, 3))
-    torch.library.opcheck(
-        NS.pack_experts.out,
-        (*weights, 3),
-        {"w_in": torch.zeros_like(packed[0]), "w_out": torch.zeros_like(packed[1])},
-    )
-    torch.library.opcheck(NS.unpack_experts.default, packed)
-    gate, up, down = (None if w is None else torch.zeros_like(w) for w in weights)
-    torch.library.opcheck(NS.unpack_experts.out, packed, {"gate": gate, "up": up, "down": down})
+    torch.library.opcheck(OP, make_weights(12, 5, gated))
+    torch.library.opcheck(OP, (*make_weights(12, 5, gated), torch.randperm(12)))
 
 
 def test_compiles_whole():
     @torch.compile(fullgraph=True)
     def f(gate, up, down):
-        w_in, w_out = ops.pack_experts(gate * 2, up, down, 3)
-        return ops.unpack_experts(w_in, w_out)
+        return ops.pack_experts(gate * 2, up, down)
 
-    assert_same_bits(f(GATE, UP, DOWN), [GATE * 2, UP, DOWN])
+    assert_same_bits(f(GATE, UP, DOWN), [GATE * 2, UP, DOWN.t().contiguous()])

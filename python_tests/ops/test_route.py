@@ -1,4 +1,4 @@
-"""`route` selects exactly what the reference selects, bit for bit, and the reference is the paper's rule."""
+"""`route` and `select` choose exactly what the reference does, bit for bit, and the reference is the paper's rule."""
 
 import math
 
@@ -11,7 +11,7 @@ from prunepath import ops
 from prunepath.ops import reference
 
 INF, NAN = math.inf, math.nan
-EXPERTS = [1, 2, 3, 64, 128, 224, 1000, 1024, 1025, 4096]
+EXPERTS = [1, 2, 3, 31, 32, 33, 64, 127, 128, 1000, 1025, 1536, 4096, 14336, 65536]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 THRESHOLDS = [1e-30, 0.1, 0.5, 0.8, 0.95, 1 - 2.0**-24, 1.0, 1.5]
 
@@ -22,6 +22,10 @@ def assert_same_route(logits, threshold, **limits):
     for name, a, b in zip(("expert_ids", "probs", "counts"), got, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape, name
         assert torch.equal(a, b), name
+    mask, counts = ops.select(logits, threshold, **limits)
+    assert mask.dtype == torch.bool and counts.dtype == torch.int32
+    assert torch.equal(counts, expected[2])
+    assert torch.equal(mask, reference._active_mask(expected[0], expected[2], logits.shape[1]))
     return got
 
 
@@ -65,7 +69,7 @@ def adversarial(num_experts):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_reference_on_random_logits(num_experts, dtype):
     generator = torch.Generator().manual_seed(num_experts)
-    rows = max(8, 65536 // num_experts)
+    rows = max(4, 65536 // num_experts)
     for scale in (0.01, 1.0, 8.0, 100.0):
         logits = (torch.randn(rows, num_experts, generator=generator) * scale).to(dtype)
         thresholds = torch.rand(rows, generator=generator).clamp_min(1e-7)
@@ -76,7 +80,7 @@ def test_equals_reference_on_random_logits(num_experts, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_reference_on_adversarial_logits(num_experts, dtype):
     logits = adversarial(num_experts).to(dtype)
-    for threshold in THRESHOLDS:
+    for threshold in THRESHOLDS if num_experts < 10_000 else (1e-30, 0.8, 1 - 2.0**-24):
         assert_same_route(logits, threshold)
     few = (num_experts + 2) // 3
     assert_same_route(logits, 0.9, min_experts=few, max_experts=few)
@@ -192,25 +196,38 @@ def test_non_contiguous_logits(dtype):
     assert_same_route(base, torch.tensor([0.6]).expand(40))
 
 
-def poisoned(num_tokens, columns):
-    return {
-        "expert_ids": torch.full((num_tokens, columns), -77, dtype=torch.int32),
-        "probs": torch.full((num_tokens, columns), NAN),
-        "counts": torch.full((num_tokens,), -77, dtype=torch.int32),
-    }
-
-
 @pytest.mark.parametrize("max_experts", [0, 7])
-def test_out_overloads_write_every_element(max_experts):
+def test_every_element_of_the_outputs_is_written(poison, max_experts):
     logits = torch.randn(9, 31, generator=torch.Generator().manual_seed(4))
     logits[2, 3] = NAN
-    expected = reference.route(logits, 0.4, max_experts=max_experts)
-    for overload, threshold in (("out", 0.4), ("tensor_out", torch.tensor(0.4))):
-        outputs = poisoned(9, max_experts or 31)
-        result = getattr(torch.ops.prunepath.route, overload)(logits, threshold, max_experts=max_experts, **outputs)
-        assert result is None
-        for a, b in zip(outputs.values(), expected, strict=True):
-            assert torch.equal(a, b)
+    columns = max_experts or 31
+    for threshold in (0.4, torch.tensor(0.4)):
+        outputs = [
+            ((9, columns), torch.int32),
+            ((9, columns), torch.float32),
+            ((9,), torch.int32),
+            ((9, 31), torch.int8),
+        ]
+        poison(*outputs)
+        assert_same_route(logits, threshold, max_experts=max_experts)
+
+
+@pytest.mark.parametrize("num_experts", [40, 5000, 65536])
+def test_equal_logits_are_taken_by_index(num_experts):
+    """However many tie at the cutoff, and wherever they are."""
+    logits = torch.zeros(3, num_experts)
+    logits[1, 1::2] = 1e-30
+    logits[2, num_experts // 2 :] = -0.0
+    for threshold in (1 / num_experts, 0.37, 0.5, 0.999):
+        assert_same_route(logits, threshold)
+    mask, counts = ops.select(logits[:1], 0.25)
+    assert counts.tolist() == [num_experts // 4] and mask[0, : num_experts // 4].all()
+
+
+def test_logits_that_differ_in_their_last_bits_are_told_apart():
+    base = torch.full((4096,), 3.0).view(torch.int32)
+    order = torch.randperm(4096, generator=torch.Generator().manual_seed(6)).int()
+    assert_same_route(torch.stack([base + order, base + order // 7, base - order]).view(torch.float32), 0.4)
 
 
 def test_repeats_bit_for_bit():
@@ -258,42 +275,28 @@ BAD = [
     ((LOGITS, 0.5), {"max_experts": -1}, "max_experts .* got -1"),
     ((LOGITS, 0.5), {"min_experts": 3, "max_experts": 2}, "max_experts .* 3, .* got 2"),
     ((LOGITS[0], 0.5), {}, r"logits of shape \[T, E\].* got \[4\]"),
-    ((LOGITS[:, :0], 0.5), {}, r"logits of shape \[T, E\].* got \[2, 0\]"),
+    ((LOGITS[:, :0], 0.5), {}, "from 1 to 65536 experts, got 0"),
+    ((LOGITS[:, :1].expand(2, 65537), 0.5), {}, "from 1 to 65536 experts, got 65537"),
     ((LOGITS.double(), 0.5), {}, "logits of dtype .* got float64"),
 ]
 
 
+@pytest.mark.parametrize("op", ["route", "select"])
 @pytest.mark.parametrize("args, options, message", BAD)
-def test_bad_arguments_are_named(args, options, message):
-    with pytest.raises(RuntimeError, match=f"prunepath::route: expected {message}"):
-        ops.route(*args, **options)
+def test_bad_arguments_are_named(op, args, options, message):
+    with pytest.raises(RuntimeError, match=f"prunepath::{op}: expected {message}"):
+        getattr(ops, op)(*args, **options)
 
 
-@pytest.mark.parametrize(
-    "name, value, message",
-    [
-        ("expert_ids", torch.empty(2, 3, dtype=torch.int32), r"\[T, K\] = \[2, 4\], got \[2, 3\]"),
-        ("expert_ids", torch.empty(2, 4, dtype=torch.int64), "int32, got int64"),
-        ("probs", torch.empty(4, 2).t(), "contiguous"),
-        ("counts", torch.empty(2, 1, dtype=torch.int32), r"\[T\] = \[2\], got \[2, 1\]"),
-    ],
-)
-def test_bad_outputs_are_named(name, value, message):
-    outputs = poisoned(2, 4) | {name: value}
-    with pytest.raises(RuntimeError, match=f"expected {name} .*{message}"):
-        torch.ops.prunepath.route.out(LOGITS, 0.5, **outputs)
-
-
+@pytest.mark.parametrize("op", ["route", "select"])
 @pytest.mark.parametrize("num_tokens", [0, 1, 5])
-def test_opcheck(num_tokens):
+def test_opcheck(op, num_tokens):
     logits = torch.randn(num_tokens, 12)
-    ns = torch.ops.prunepath.route
+    packet = getattr(torch.ops.prunepath, op)
     for threshold in (torch.tensor(0.5), torch.full((num_tokens,), 0.5)):
-        torch.library.opcheck(ns.tensor, (logits, threshold), {"max_experts": 5})
-        torch.library.opcheck(ns.tensor_out, (logits, threshold), poisoned(num_tokens, 12))
-    torch.library.opcheck(ns.default, (logits, 0.5), {"min_experts": 2})
-    torch.library.opcheck(ns.default, (logits.clone().requires_grad_(), 0.5))
-    torch.library.opcheck(ns.out, (logits, 0.5), poisoned(num_tokens, 12))
+        torch.library.opcheck(packet.tensor, (logits, threshold), {"max_experts": 5})
+    torch.library.opcheck(packet.default, (logits, 0.5), {"min_experts": 2})
+    torch.library.opcheck(packet.default, (logits.clone().requires_grad_(), 0.5))
 
 
 def test_outputs_carry_no_gradient():
