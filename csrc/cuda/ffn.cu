@@ -1,158 +1,133 @@
+// A call of the FFN: its tiles of tokens and their workspace.
+
 #include <algorithm>
-#include <array>
-#include <atomic>
 
 #include "cuda/ffn.cuh"
-#include "cuda/ffn_problem.cuh"
-#include "cuda/route.cuh"
 
 namespace prunepath {
 namespace {
 
-// An attribute of a device, asked for once.
-template <cudaDeviceAttr kAttribute>
-int device_attribute(int device) {
-  constexpr size_t kRemembered = 64;
-  static std::array<std::atomic<int>, kRemembered> known{};
-  const auto index = static_cast<size_t>(device);
-  int value = index < kRemembered ? known[index].load(std::memory_order_relaxed) : 0;
-  if (value == 0) {
-    cudaDeviceGetAttribute(&value, kAttribute, device);
-    if (index < kRemembered) {
-      known[index].store(value, std::memory_order_relaxed);
-    }
-  }
-  return value;
-}
+constexpr uintptr_t kAlignment = 256;
 
-// The selection of a call whose experts are too many to be selected within the FFN's kernels.
-struct WideSelection {
-  int32_t* expert_ids = nullptr;  // [T, E]
-  float* probs = nullptr;         // [T, E]
-  uint64_t* keys = nullptr;
+// Takes arrays one after the other from memory at `at`, which may be null to ask for the size.
+struct Arena {
+  uintptr_t at;
+
+  template <typename T>
+  void take(T*& pointer, int64_t elements) {
+    pointer = reinterpret_cast<T*>(at);
+    const uintptr_t bytes = static_cast<uintptr_t>(elements) * sizeof(T);
+    at += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
 };
 
-// Sets the pointers of `args` into a workspace at `base`, which need not be aligned and may be null
-// to ask for the size. It suffices for fewer tokens too.
-int64_t lay_out(FfnArgs& args, WideSelection& wide, const ExpertLayout& layout, int64_t num_tokens,
-                bool routed, int device, void* base) {
-  const int64_t T = std::min(num_tokens, kMaxCallTokens);
-  const int64_t E = layout.num_experts;
-  const bool is_wide = routed && E > kMaxSelectExperts;
-  const ManyTokensWorkspace many = many_tokens_workspace(T, layout, device);
-  constexpr uintptr_t kAlignment = 256;
-  const uintptr_t start =
-      (reinterpret_cast<uintptr_t>(base) + kAlignment - 1) / kAlignment * kAlignment;
-  uintptr_t at = start;
-  const auto take = [&](auto*& pointer, int64_t elements, int64_t element_size) {
-    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
-    at += (static_cast<uintptr_t>(elements * element_size) + kAlignment - 1) / kAlignment *
-          kAlignment;
-  };
-  args.num_counters =
-      static_cast<int32_t>(std::max<int64_t>(many.counters, few_tokens_counters(T)));
-  take(args.counters, args.num_counters, sizeof(uint32_t));
-  take(args.logits, routed ? std::max(many.logits, T * E) : 0, sizeof(float));
-  take(args.active_bits, many.active_bits, sizeof(uint32_t));
-  take(args.union_list, many.union_list, sizeof(int32_t));
-  take(args.hidden, many.hidden, 2);
-  args.hidden_stride = many.hidden_stride;
-  take(args.partial, std::max(many.partial, few_tokens_partial_size(T, layout, device)),
-       sizeof(float));
-  take(wide.expert_ids, is_wide ? T * E : 0, sizeof(int32_t));
-  take(wide.probs, is_wide ? T * E : 0, sizeof(float));
-  take(wide.keys, is_wide ? route_workspace_size(T, E) : 0, sizeof(uint64_t));
-  if (!is_wide || route_workspace_size(T, E) == 0) {
-    wide.keys = nullptr;
-  }
-  return static_cast<int64_t>(at - start) + static_cast<int64_t>(kAlignment) - 1;
+void take_workspace(Arena&, const FfnArgs&, GivenExperts&) {}
+
+void take_workspace(Arena& arena, const FfnArgs& args, Router& router) {
+  arena.take(router.projected, int64_t{args.num_tokens} * router.rank);
+  arena.take(router.logits, int64_t{args.num_tokens} * args.num_experts);
 }
 
-// `args` for the tokens from `begin`.
-FfnArgs tokens_from(const FfnArgs& args, int64_t begin, int64_t tokens, int64_t element_size) {
-  const auto advance = [&](auto* pointer, int64_t bytes) {
-    using Pointer = decltype(pointer);
-    return pointer == nullptr ? pointer
-                              : reinterpret_cast<Pointer>(reinterpret_cast<uintptr_t>(pointer) +
-                                                          static_cast<uintptr_t>(bytes));
-  };
-  FfnArgs part = args;
-  part.num_tokens = static_cast<int32_t>(tokens);
-  part.x = advance(args.x, begin * args.x_token_stride * element_size);
-  part.y = advance(args.y, begin * args.hidden_size * element_size);
-  part.expert_ids = advance(args.expert_ids, begin * args.num_columns * 4);
-  part.counts = advance(args.counts, begin * 4);
-  part.thresholds = advance(args.thresholds, begin * args.threshold_stride * 4);
-  part.counts_out = advance(args.counts_out, begin * 4);
-  return part;
+// Sets the workspace's pointers for args.num_tokens tokens and returns its end.
+template <typename Rule>
+uintptr_t lay_out(FfnArgs& args, Rule& rule, void* base) {
+  Arena arena{reinterpret_cast<uintptr_t>(base)};
+  const int64_t T = args.num_tokens;
+  const int64_t E = args.num_experts;
+  const int64_t rows = E * args.expert_width;
+  take_workspace(arena, args, rule);
+  arena.take(args.bits, (E + 31) / 32 * T);
+  arena.take(args.list, E);
+  arena.take(args.masks, E);
+  arena.take(args.num_active, 1);
+  args.hidden_stride = (rows + 15) / 16 * 16;
+  float* hidden;
+  arena.take(hidden, T * args.hidden_stride);
+  args.hidden = hidden;
+  arena.take(args.partial, args.splits * T * args.hidden_size);
+  return arena.at;
 }
 
-void select_wide(FfnArgs& args, const WideSelection& wide, ScalarType dtype, int device,
-                 cudaStream_t stream) {
-  launch_router(args, dtype, device, stream);
-  launch_route({args.logits, args.num_experts, 1, args.thresholds, args.threshold_stride, 0.0f,
-                args.num_tokens, args.num_experts, args.min_experts, args.num_columns, wide.keys,
-                wide.expert_ids, wide.probs, args.counts_out},
-               ScalarType::Float, stream);
-  args.expert_ids = wide.expert_ids;
-  args.counts = args.counts_out;
+template <typename T>
+void advance(T*& pointer, int64_t elements) {
+  pointer = pointer == nullptr ? nullptr : pointer + elements;
 }
 
-// Where no router's kernel comes first. Unlike a memset, it lets the next kernel start beside it.
-__global__ void zero_kernel(const FfnArgs args) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  zero_counters(args);
+void launch_tile(const Target& target, const FfnArgs& args, GivenExperts given, int64_t begin,
+                 ScalarType) {
+  advance(given.expert_ids, begin * given.num_columns);
+  advance(given.counts, begin);
+  launch_selection(target, args, given);
+}
+
+void launch_tile(const Target& target, const FfnArgs& args, Router router, int64_t begin,
+                 ScalarType dtype) {
+  advance(router.thresholds, begin * router.threshold_stride);
+  advance(router.counts, begin);
+  launch_selection(target, args, router, dtype);
+}
+
+bool is_vectorised(const FfnArgs& args, int64_t element_size) {
+  const auto row_aligned = [&](int64_t stride) { return stride * element_size % 16 == 0; };
+  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+  return row_aligned(args.hidden_size) && row_aligned(args.gate_stride) &&
+         row_aligned(args.up_stride) && row_aligned(args.down_stride) && aligned(args.x) &&
+         aligned(args.gate) && aligned(args.up) && aligned(args.down_t);
 }
 
 }  // namespace
 
-int sm_count(int device) { return device_attribute<cudaDevAttrMultiProcessorCount>(device); }
-int compute_major(int device) {
-  return device_attribute<cudaDevAttrComputeCapabilityMajor>(device);
-}
-int max_shared(int device) {
-  return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device);
-}
-
-bool is_vectorised(const FfnArgs& args, int64_t element_size) {
-  const auto aligned = [&](int64_t elements) { return elements * element_size % 16 == 0; };
-  const auto pointer_aligned = [](const void* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-  };
-  return aligned(args.hidden_size) && aligned(args.in_neuron_stride) &&
-         aligned(args.in_inner_stride) && args.x_hidden_stride == 1 &&
-         (args.num_tokens == 1 || aligned(args.x_token_stride)) && pointer_aligned(args.x) &&
-         pointer_aligned(args.w_in) && pointer_aligned(args.w_out) &&
-         pointer_aligned(args.router_weight);
-}
-
-int64_t ffn_workspace_size(const ExpertLayout& layout, int64_t num_tokens, bool routed,
-                           int device) {
-  FfnArgs args{};
-  WideSelection wide;
-  return lay_out(args, wide, layout, num_tokens, routed, device, nullptr);
-}
-
-void run_ffn(FfnArgs args, const ExpertLayout& layout, int64_t num_tokens, ScalarType dtype,
-             int device, cudaStream_t stream, void* workspace) {
+template <typename Rule>
+void run_ffn(const char* op, const FfnTensors& tensors, const Tensor& x, const FfnShape& shape,
+             const Rule& rule, const Tensor& y) {
+  const int64_t T = shape.num_tokens;
+  if (T == 0) {
+    return;
+  }
+  const FfnLayout& layout = shape.layout;
+  const ScalarType dtype = x.scalar_type();
   const int64_t element_size = dtype == ScalarType::Float ? 4 : 2;
-  const bool routed = args.expert_ids == nullptr;
-  WideSelection wide;
-  lay_out(args, wide, layout, num_tokens, routed, device, workspace);
-  for (int64_t begin = 0; begin < num_tokens; begin += kMaxCallTokens) {
-    FfnArgs part =
-        tokens_from(args, begin, std::min(kMaxCallTokens, num_tokens - begin), element_size);
-    const bool many = suits_many_tokens(part, dtype);
-    if (routed && part.num_experts > kMaxSelectExperts) {
-      select_wide(part, wide, dtype, device, stream);
-    } else if (!routed) {
-      launch("sparse_ffn", zero_kernel, dim3(1), kWarp, 0, compute_major(device), stream, part);
-    } else if (!many) {
-      launch_router(part, dtype, device, stream);
-    }
-    (many ? launch_many_tokens : launch_few_tokens)(part, dtype, device, stream);
+  const Target target = target_of(op, x);
+  FfnArgs args{};
+  args.x = x.const_data_ptr();
+  args.gate = layout.gated ? tensors.gate->const_data_ptr() : nullptr;
+  args.up = tensors.up.const_data_ptr();
+  args.down_t = tensors.down_t.const_data_ptr();
+  args.gate_stride = layout.gate_stride;
+  args.up_stride = layout.up_stride;
+  args.down_stride = layout.down_stride;
+  args.gate_bias = device_parameter(tensors.gate_bias);
+  args.up_bias = device_parameter(tensors.up_bias);
+  args.down_bias = device_parameter(tensors.down_bias);
+  args.num_tokens = static_cast<int32_t>(std::min<int64_t>(T, kTileTokens));
+  args.hidden_size = static_cast<int32_t>(layout.hidden_size);
+  args.num_experts = static_cast<int32_t>(layout.num_experts);
+  args.expert_width = static_cast<int32_t>(layout.expert_width);
+  args.activation = shape.activation;
+  args.is_vectorised = is_vectorised(args, element_size);
+  args.splits = num_splits(args, dtype, target.device);
+
+  Rule tile_rule = rule;
+  const auto bytes = static_cast<int64_t>(lay_out(args, tile_rule, nullptr));
+  const Tensor workspace =
+      torch::stable::new_empty(x, {bytes + static_cast<int64_t>(kAlignment) - 1}, ScalarType::Byte);
+  const auto start = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
+  lay_out(args, tile_rule,
+          reinterpret_cast<void*>((start + kAlignment - 1) / kAlignment * kAlignment));
+  for (int64_t begin = 0; begin < T; begin += kTileTokens) {
+    FfnArgs tile = args;
+    const int64_t bytes_before = begin * layout.hidden_size * element_size;
+    tile.x = static_cast<const char*>(args.x) + bytes_before;
+    tile.y = static_cast<char*>(y.mutable_data_ptr()) + bytes_before;
+    tile.num_tokens = static_cast<int32_t>(std::min<int64_t>(T - begin, kTileTokens));
+    launch_tile(target, tile, tile_rule, begin, dtype);
+    launch_ffn(target, tile, dtype);
   }
 }
+
+template void run_ffn<GivenExperts>(const char*, const FfnTensors&, const Tensor&, const FfnShape&,
+                                    const GivenExperts&, const Tensor&);
+template void run_ffn<Router>(const char*, const FfnTensors&, const Tensor&, const FfnShape&,
+                              const Router&, const Tensor&);
 
 }  // namespace prunepath

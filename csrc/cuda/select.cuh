@@ -1,250 +1,189 @@
 #pragma once
 
-// Top-mass selection of a few tokens by one block, for the FFN kernels. The arithmetic is
-// core/routing.h's; nothing in it is a product followed by a sum, so that it needs no flag against
-// fused multiply-add.
+// Top-mass selection of a token by one block, without a sort. The active experts are a prefix of
+// the order of routing (core/routing.h), so that the key of the last of them says which they are.
 
 #include <cstdint>
 
-#include "cuda/ffn.cuh"
-
-#ifdef __CUDACC__
+#include "core/routing.h"
+#include "cuda/elements.cuh"
 
 namespace prunepath {
 
-// An expert of a row: its logit's place in the order and its mass.
-struct __align__(8) Standing {
-  int32_t order;
-  uint32_t mass;
+constexpr int kIndexBits = 16;
+static_assert(kMaxExperts == int64_t{1} << kIndexBits);
+
+// Ascending keys are the order of routing. No two experts of a row have the same key.
+PRUNEPATH_HD uint64_t routing_key(float logit, int32_t index) {
+  return static_cast<uint64_t>(~ordered_key(logit)) << kIndexBits | static_cast<uint32_t>(index);
+}
+
+PRUNEPATH_HD int32_t index_of(uint64_t key) {
+  return static_cast<int32_t>(key & (kMaxExperts - 1));
+}
+
+__device__ __forceinline__ float logit_of(uint64_t key) {
+  const uint32_t ordered = ~static_cast<uint32_t>(key >> kIndexBits);
+  return __uint_as_float(ordered ^ (ordered >> 31 ? 0x80000000u : 0xffffffffu));
+}
+
+// Mass and number of experts in one integer: 2^16 experts have less than 2^46 mass.
+constexpr int kCountBits = 17;
+PRUNEPATH_HD int64_t mass_of(uint64_t sum) { return static_cast<int64_t>(sum >> kCountBits); }
+PRUNEPATH_HD int32_t count_of(uint64_t sum) {
+  return static_cast<int32_t>(sum & ((1 << kCountBits) - 1));
+}
+
+template <typename Element>
+struct LogitRow {
+  const Element* data;
+  int64_t stride;
+  int32_t size;
+  bool has_nan = false;  // then it counts as a row of equal logits
+
+  __device__ float operator[](int32_t e) const {
+    return has_nan ? 0.0f : to_float(data[e * stride]);
+  }
 };
 
-// Larger for a larger logit; neither the least integer nor the largest, which are NaNs.
-__device__ __forceinline__ int32_t order_of(float logit) {
-  const int32_t bits = __float_as_int(logit);
-  return bits ^ ((bits >> 31) & 0x7fffffff);
+struct Cutoff {
+  uint64_t key;  // experts up to it are active
+  int32_t count;
+  float max;
+  int64_t total;  // mass of the row
+};
+
+__device__ __forceinline__ uint64_t sum_up_to_lane(uint64_t value) {
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const uint64_t other = __shfl_up_sync(kAllLanes, value, offset);
+    value += threadIdx.x % kWarp >= offset ? other : 0;
+  }
+  return value;
 }
 
-__device__ __forceinline__ float logit_of(int32_t order) {
-  return __int_as_float(order ^ ((order >> 31) & 0x7fffffff));
-}
+// Eight bytes of scratch for each bin.
+template <int kThreads>
+constexpr int kNumBins = 2 * kThreads;
 
-// The sum of a warp's masses.
-__device__ __forceinline__ int64_t sum_masses(uint32_t mass) {
-  const uint32_t low = __reduce_add_sync(kAllLanes, mass & 0xffff);
-  const uint32_t high = __reduce_add_sync(kAllLanes, mass >> 16);
-  return (static_cast<int64_t>(high) << 16) + low;
-}
-
-// Experts are compared two at a time.
-__host__ __device__ constexpr int padded_experts(int num_experts) {
-  return (num_experts + 1) / 2 * 2;
-}
-
-// Bytes of scratch for selecting `tokens` tokens at a time.
-__host__ __device__ inline size_t select_scratch_size(int tokens, int num_experts) {
-  return static_cast<size_t>(tokens) * padded_experts(num_experts) *
-         (sizeof(Standing) + sizeof(int32_t));
-}
-
-// Sets bit `t` of mask[e] for every expert e that token first + t runs, and no other; kTokens
-// divides the number of warps. Logits are the sums of `kSplits` parts. The block's threads all call
-// it, and see the masks when it returns. `scratch` is aligned to 16 bytes.
-template <int kTokens, int kSplits>
-__device__ void select_tokens(const FfnArgs& args, int first, int tokens, bool writes_counts,
-                              void* scratch, uint32_t* mask) {
-  const int E = args.num_experts;
-  const int stride = padded_experts(E);
-  Standing* standings = static_cast<Standing*>(scratch);                     // [tokens, stride]
-  int32_t* ranks = reinterpret_cast<int32_t*>(standings + tokens * stride);  // [tokens, stride]
-  __shared__ int64_t totals[kWarp];                                          // of warps
-  __shared__ float thresholds[kTokens];
-  __shared__ int32_t counts[kTokens];
+// Finds the last active expert of a row. A window of keys that holds it is cut into equal bins,
+// mass and experts are counted in each, and the bin that holds it is the next window, until it
+// holds nothing else. All of the block's kThreads threads call it and get the same.
+template <int kThreads, typename Element>
+__device__ Cutoff find_cutoff(LogitRow<Element>& row, float threshold, int32_t min_experts,
+                              int32_t max_experts, uint64_t* scratch) {
+  constexpr int kWarps = kThreads / kWarp;
+  constexpr int kBins = kNumBins<kThreads>;
+  constexpr int kBinBits = kThreads == 1024 ? 11 : 8;
+  static_assert(1 << kBinBits == kBins);
+  __shared__ uint32_t warp_least[kWarps], warp_greatest[kWarps];
+  __shared__ uint64_t warp_sums[kWarps];
+  __shared__ int32_t chosen;
+  __shared__ uint64_t chosen_before;
+  __shared__ int32_t chosen_count;
+  uint32_t* low_words = reinterpret_cast<uint32_t*>(scratch);  // of the bins' sums
+  uint32_t* high_words = low_words + kBins;
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  const int sharers = blockDim.x / kWarp / kTokens;  // warps of a token
-  const int chunks = (E + kWarp - 1) / kWarp;
 
-  if (threadIdx.x < kTokens) {
-    counts[threadIdx.x] = 0;
+  uint32_t least = ~0u;
+  uint32_t greatest = 0;
+  bool nan = false;
+#pragma unroll 4
+  for (int32_t e = threadIdx.x; e < row.size; e += kThreads) {
+    const float z = row[e];
+    const auto key = static_cast<uint32_t>(routing_key(z, 0) >> kIndexBits);
+    nan |= z != z;
+    least = ::min(least, key);
+    greatest = ::max(greatest, key);
   }
-  // All warps of a token read all of its logits, which waits once, and share the experts' masses.
-  const int token = warp % kTokens;
-  if (token < tokens) {
-    const float threshold = args.thresholds[(first + token) * args.threshold_stride];
-    const float* read = args.logits + static_cast<int64_t>(first + token) * E;
-    const int64_t split = static_cast<int64_t>(args.num_tokens) * E;
-    const auto logit = [&](int e) {
-      float part[kSplits];  // all under way at once
-#pragma unroll
-      for (int s = 0; s < kSplits; ++s) {
-        part[s] = e < E ? __ldcg(read + s * split + e) : 0.0f;
-      }
-      float z = 0.0f;
-#pragma unroll
-      for (int s = 0; s < kSplits; ++s) {
-        z += part[s];
-      }
-      return e < E ? (z == 0.0f ? 0.0f : z) : -INFINITY;  // -0 and +0 are a tie
-    };
-    constexpr int kHeld = 4;  // logits of a lane that stay in registers
-    float held[kHeld];
-#pragma unroll
-    for (int u = 0; u < kHeld; ++u) {
-      held[u] = logit(u * kWarp + lane);
-    }
-    int32_t top_order = order_of(-INFINITY);
-    bool nan = false;
-    const auto see = [&](float z) {
-      nan |= z != z;
-      top_order = ::max(top_order, order_of(z));
-    };
-#pragma unroll
-    for (int u = 0; u < kHeld; ++u) {
-      see(held[u]);
-    }
-    for (int e = kHeld * kWarp + lane; e < E; e += kWarp) {
-      see(logit(e));
-    }
-    nan = __any_sync(kAllLanes, nan);  // fails open: equal logits at a threshold of 1
-    const float top = logit_of(__reduce_max_sync(kAllLanes, top_order));
-    int64_t total = 0;
-    for (int chunk = warp / kTokens; chunk < chunks; chunk += sharers) {
-      const int e = chunk * kWarp + lane;
-      float z = held[0];
-#pragma unroll
-      for (int u = 1; u < kHeld; ++u) {
-        z = chunk == u ? held[u] : z;
-      }
-      z = chunk < kHeld ? z : logit(e);
-      z = nan ? 0.0f : z;
-      const uint32_t mass = e >= E ? 0 : nan ? 1 : static_cast<uint32_t>(mass_units(top, z));
-      if (e < stride) {
-        standings[token * stride + e] = {e < E ? order_of(z) : INT32_MIN, mass};
-      }
-      total += sum_masses(mass);
-    }
-    if (lane == 0) {
-      totals[warp] = total;
-      thresholds[token] = nan ? 1.0f : threshold;
-    }
+  row.has_nan = __syncthreads_or(nan);
+  if (row.has_nan) {
+    least = greatest = static_cast<uint32_t>(routing_key(0.0f, 0) >> kIndexBits);
+    threshold = 1.0f;
+  }
+  least = __reduce_min_sync(kAllLanes, least);
+  greatest = __reduce_max_sync(kAllLanes, greatest);
+  if (lane == 0) {
+    warp_least[warp] = least;
+    warp_greatest[warp] = greatest;
   }
   __syncthreads();
+  least = __reduce_min_sync(kAllLanes, warp_least[lane % kWarps]);
+  greatest = __reduce_max_sync(kAllLanes, warp_greatest[lane % kWarps]);
 
-  // Each expert is compared with all of its token's experts, by several lanes where there are
-  // threads to spare.
-  const int pairs = tokens * E;
-  int shift = 0;
-  while (shift < 5 && (pairs << (shift + 1)) <= static_cast<int>(blockDim.x)) {
-    ++shift;
-  }
-  const int parts = 1 << shift;
-  const int part = threadIdx.x & (parts - 1);
-  for (int base = 0; base < pairs; base += blockDim.x >> shift) {
-    const int i = base + (threadIdx.x >> shift);
-    const int t = kTokens == 1 ? 0 : ::min(i / E, tokens - 1);
-    const int e = ::min(i - t * E, E - 1);
-    const int32_t order = standings[t * stride + e].order;
-    const int4* row = reinterpret_cast<const int4*>(standings + t * stride);
-    int64_t mass = 0;  // of the experts before this one
-    int32_t rank = 0;
-#pragma unroll 8
-    for (int two = part; two < stride / 2; two += parts) {
-      const int4 other = row[two];
-      // Of equal logits the lower index is earlier.
-      const bool first_is_before = other.x >= order + (two >= (e + 1) / 2);
-      const bool second_is_before = other.z >= order + (two >= e / 2);
-      mass += (first_is_before ? static_cast<uint32_t>(other.y) : 0) +
-              (second_is_before ? static_cast<uint32_t>(other.w) : 0);
-      rank += first_is_before + second_is_before;
+  RoutingRule rule{threshold, 0, min_experts, max_experts};
+  uint64_t low = static_cast<uint64_t>(least) << kIndexBits;
+  uint64_t high = static_cast<uint64_t>(greatest) << kIndexBits | (row.size - 1);
+  const float max = logit_of(low);
+  uint64_t before = 0;  // the window
+  while (true) {
+    const int shift = ::max(0, 64 - __clzll(high - low) - kBinBits);
+    for (int i = threadIdx.x; i < kBins; i += kThreads) {
+      low_words[i] = high_words[i] = 0;
     }
-    for (int offset = parts / 2; offset > 0; offset /= 2) {
-      mass += __shfl_xor_sync(kAllLanes, mass, offset);
-      rank += __shfl_xor_sync(kAllLanes, rank, offset);
-    }
-    int64_t total = 0;
-    for (int sharer = 0; sharer < ::min(sharers, chunks); ++sharer) {
-      total += totals[sharer * kTokens + t];
-    }
-    const bool decides = i < pairs && part == 0;
-    const bool needed = decides && is_needed(mass, thresholds[t], total);
-    if (decides) {
-      ranks[t * stride + e] = rank;
-    }
-#pragma unroll
-    for (int of = 0; of < kTokens; ++of) {
-      const unsigned ballot = __ballot_sync(kAllLanes, needed && t == of);
-      if (lane == 0 && ballot != 0) {
-        atomicAdd(&counts[of], __popc(ballot));
-      }
-    }
-  }
-  __syncthreads();
-  // The experts needed are the first ones.
-  const auto count_of = [&](int t) {
-    return ::min(::max(counts[t], args.min_experts), args.num_columns);
-  };
-  for (int e = threadIdx.x; e < E; e += blockDim.x) {
-    uint32_t bits = 0;
-    for (int t = 0; t < tokens; ++t) {
-      bits |= static_cast<uint32_t>(ranks[t * stride + e] < count_of(t)) << t;
-    }
-    mask[e] = bits;
-  }
-  if (writes_counts && threadIdx.x < tokens) {
-    args.counts_out[first + threadIdx.x] = count_of(threadIdx.x);
-  }
-  __syncthreads();
-}
-
-// The same masks from expert_ids and counts. What is no expert is left out.
-__device__ inline void mask_given_experts(const FfnArgs& args, int first, int tokens,
-                                          uint32_t* mask) {
-  for (int e = threadIdx.x; e < args.num_experts; e += blockDim.x) {
-    mask[e] = 0;
-  }
-  __syncthreads();
-  const int K = args.num_columns;
-  for (int i = threadIdx.x; i < tokens * K; i += blockDim.x) {
-    const int t = i / K;
-    if (i % K < args.counts[first + t]) {
-      const int32_t e = args.expert_ids[static_cast<int64_t>(first) * K + i];
-      if (e >= 0 && e < args.num_experts) {
-        atomicOr(&mask[e], 1u << t);
-      }
-    }
-  }
-  __syncthreads();
-}
-
-// Writes the experts that any token runs to `list`, ascending, and returns how many there are. The
-// block's threads all call it, and see the list when it returns.
-__device__ inline int list_active_experts(const uint32_t* mask, int num_experts, int32_t* list) {
-  __shared__ int32_t warp_counts[32];
-  const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-  int listed = 0;
-  for (int base = 0; base < num_experts; base += blockDim.x) {
-    const int warps = (::min(static_cast<int>(blockDim.x), num_experts - base) + kWarp - 1) / kWarp;
-    const int e = base + threadIdx.x;
-    const bool active = e < num_experts && mask[e] != 0;
-    const unsigned ballot = __ballot_sync(kAllLanes, active);
-    if (lane == 0) {
-      warp_counts[warp] = __popc(ballot);
+    if (threadIdx.x == 0) {
+      chosen = 0;
     }
     __syncthreads();
-    int before = listed + __popc(ballot & ((1u << lane) - 1));
-    for (int w = 0; w < warps; ++w) {
-      before += w < warp ? warp_counts[w] : 0;
-      listed += warp_counts[w];
-    }
-    if (active) {
-      list[before] = e;
+#pragma unroll 4
+    for (int32_t e = threadIdx.x; e < row.size; e += kThreads) {
+      const float z = row[e];
+      const uint64_t key = routing_key(z, e);
+      if (key >= low && key <= high) {
+        // Shared memory adds up 32 bits at a time: who overflows the low word carries.
+        const auto bin = static_cast<int>((key - low) >> shift);
+        const uint64_t sum = static_cast<uint64_t>(mass_units(max, z)) << kCountBits | 1;
+        const auto word = static_cast<uint32_t>(sum);
+        const uint32_t carry = atomicAdd(&low_words[bin], word) + word < word;
+        atomicAdd(&high_words[bin], static_cast<uint32_t>(sum >> 32) + carry);
+      }
     }
     __syncthreads();
+
+    const int first = 2 * threadIdx.x;  // of this thread's two bins
+    const auto bin_sum = [&](int bin) {
+      return static_cast<uint64_t>(high_words[bin]) << 32 | low_words[bin];
+    };
+    const uint64_t first_sum = bin_sum(first);
+    const uint64_t second_sum = bin_sum(first + 1);
+    const uint64_t in_warp = sum_up_to_lane(first_sum + second_sum);
+    if (lane == kWarp - 1) {
+      warp_sums[warp] = in_warp;
+    }
+    __syncthreads();
+    const uint64_t up_to_warp = sum_up_to_lane(lane < kWarps ? warp_sums[lane] : 0);
+    const uint64_t window = __shfl_sync(kAllLanes, up_to_warp, kWarp - 1);
+    const uint64_t warps_before = __shfl_sync(kAllLanes, up_to_warp, warp - 1);
+    if (rule.total == 0) {  // the first window is the row
+      rule.total = mass_of(window);
+    }
+    const uint64_t before_first =
+        before + (warp > 0 ? warps_before : 0) + in_warp - first_sum - second_sum;
+    const uint64_t before_second = before_first + first_sum;
+    const auto begins_active = [&](uint64_t sum, uint64_t sum_before) {
+      return count_of(sum) > 0 && is_active(rule, count_of(sum_before), mass_of(sum_before));
+    };
+    int32_t last = begins_active(second_sum, before_second) ? first + 1
+                   : begins_active(first_sum, before_first) ? first
+                                                            : 0;
+    last = __reduce_max_sync(kAllLanes, last);
+    if (lane == 0) {
+      atomicMax(&chosen, last);
+    }
+    __syncthreads();
+    const int32_t bin = chosen;
+    if (bin / 2 == static_cast<int>(threadIdx.x)) {
+      chosen_before = bin % 2 == 0 ? before_first : before_second;
+      chosen_count = count_of(bin % 2 == 0 ? first_sum : second_sum);
+    }
+    __syncthreads();
+    before = chosen_before;
+    low += static_cast<uint64_t>(bin) << shift;
+    high = ::min(high, low + (uint64_t{1} << shift) - 1);
+    if (chosen_count == 1) {
+      return {high, count_of(before) + 1, max, rule.total};
+    }
   }
-  return listed;
 }
 
 }  // namespace prunepath
-
-#endif  // __CUDACC__

@@ -1,0 +1,282 @@
+// Which experts a tile of tokens runs: a router's logits, the selection, and the list. Compile with
+// -fmad=false: the arithmetic of selecting has to be the CPU's, bit for bit.
+
+#include <algorithm>
+#include <bit>
+
+#include "cuda/ffn.cuh"
+#include "cuda/select.cuh"
+
+namespace prunepath {
+namespace {
+
+constexpr int kProductThreads = 128;
+constexpr int kTogether = 8;  // tokens that share a reading of the router's weights
+// Rows of up to kSmallRow experts are selected by blocks of kSmallBlock threads.
+constexpr int kSmallRow = 512;
+constexpr int kSmallBlock = 128;
+constexpr int kLargeBlock = 1024;
+
+// out[t, row] = weight[row]·in[t] + bias[row] in float32, the same whatever the number of tokens.
+struct Products {
+  const void* weight;  // [rows, width]
+  const void* in;      // [tokens, width]
+  DeviceParameter bias;
+  float* out;  // [tokens, rows]
+  int32_t num_tokens;
+  int32_t rows;
+  int32_t width;
+  int32_t lanes;  // threads of a row: a power of two up to a warp, or the whole block
+};
+
+template <typename W, typename In, int kVec, int kTokens>
+__global__ void __launch_bounds__(kProductThreads) products_kernel(const Products args) {
+  __shared__ float warp_sums[kProductThreads / kWarp][kTokens];
+  const int row = blockIdx.x * (kProductThreads / args.lanes) + threadIdx.x / args.lanes;
+  const int lane = threadIdx.x % args.lanes;
+  const int first = blockIdx.y * kTokens;
+  const int tokens = ::min(kTokens, args.num_tokens - first);
+  const int vectors = row < args.rows ? args.width / kVec : 0;
+  const W* weight = static_cast<const W*>(args.weight) + static_cast<int64_t>(row) * args.width;
+  for (int v = lane; v < vectors; v += args.lanes) {
+    prefetch(weight + v * kVec);
+  }
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  float dot[kTokens] = {};
+#pragma unroll 4
+  for (int v = lane; v < vectors; v += args.lanes) {
+    const Vector<W, kVec> w = load_vector<W, kVec>(weight + v * kVec);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const int64_t token = first + ::min(t, tokens - 1);
+      float in[kVec];
+      load_floats(static_cast<const In*>(args.in) + token * args.width + v * kVec, in);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        dot[t] = fmaf(w[i], in[i], dot[t]);
+      }
+    }
+  }
+  const auto write = [&](int t, float sum) {
+    args.out[static_cast<int64_t>(first + t) * args.rows + row] =
+        sum + parameter_at<W>(args.bias, row);
+  };
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    const float sum = sum_lanes(dot[t], ::min(args.lanes, kWarp));
+    if (args.lanes > kWarp) {
+      if (threadIdx.x % kWarp == 0) {
+        warp_sums[threadIdx.x / kWarp][t] = sum;
+      }
+    } else if (lane == 0 && row < args.rows && t < tokens) {
+      write(t, sum);
+    }
+  }
+  if (args.lanes > kWarp) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < tokens) {
+      float sum = 0.0f;
+      for (int warp = 0; warp < kProductThreads / kWarp; ++warp) {
+        sum += warp_sums[warp][threadIdx.x];
+      }
+      write(threadIdx.x, sum);
+    }
+  }
+}
+
+template <typename W, typename In, int kVec>
+void launch_products_vec(const Target& target, Products args) {
+  const auto vectors = static_cast<unsigned>(args.width / kVec);
+  args.lanes = vectors >= kProductThreads
+                   ? kProductThreads
+                   : static_cast<int32_t>(std::bit_ceil(std::min<unsigned>(vectors, kWarp)));
+  const int block_rows = kProductThreads / args.lanes;
+  const auto blocks = static_cast<unsigned>((args.rows + block_rows - 1) / block_rows);
+  if (args.num_tokens == 1) {
+    launch(target, products_kernel<W, In, kVec, 1>, dim3(blocks), kProductThreads, args);
+  } else {
+    const auto groups = static_cast<unsigned>((args.num_tokens + kTogether - 1) / kTogether);
+    launch(target, products_kernel<W, In, kVec, kTogether>, dim3(blocks, groups), kProductThreads,
+           args);
+  }
+}
+
+template <typename W, typename In>
+void launch_products(const Target& target, const Products& args) {
+  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+  if (args.width % kFullVector<W> == 0 && aligned(args.weight) && aligned(args.in)) {
+    launch_products_vec<W, In, kFullVector<W>>(target, args);
+  } else {
+    launch_products_vec<W, In, 1>(target, args);
+  }
+}
+
+template <typename W>
+void launch_router(const Target& target, const FfnArgs& args, const Router& router) {
+  Products logits{router.out,      args.x,           router.bias,      router.logits,
+                  args.num_tokens, args.num_experts, args.hidden_size, 0};
+  if (router.in == nullptr) {
+    launch_products<W, W>(target, logits);
+    return;
+  }
+  launch_products<W, W>(
+      target,
+      {router.in, args.x, {}, router.projected, args.num_tokens, router.rank, args.hidden_size, 0});
+  logits.in = router.projected;
+  logits.width = router.rank;
+  launch_products<W, float>(target, logits);
+}
+
+// Makes the list and its masks from the bits. All of a block's threads call it.
+__device__ void list_active_experts(const FfnArgs& args) {
+  __shared__ int32_t warp_counts[kWarp];
+  const int tokens = args.num_tokens;
+  const int words = (args.num_experts + 31) / 32;
+  const int warps = blockDim.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const int span = (words + warps - 1) / warps;  // of a warp
+  const int begin = ::min(warp * span, words);
+  const int end = ::min(begin + span, words);
+  const auto word_of = [&](int w, int token) {
+    return token < tokens ? args.bits[w * tokens + token] : 0;
+  };
+  int32_t count = 0;
+#pragma unroll 4
+  for (int w = begin; w < end; ++w) {
+    count += __popc(__reduce_or_sync(kAllLanes, word_of(w, lane) | word_of(w, lane + kWarp)));
+  }
+  if (lane == 0) {
+    warp_counts[warp] = count;
+  }
+  __syncthreads();
+  const int32_t warp_count = lane < warps ? warp_counts[lane] : 0;
+  int32_t position = __reduce_add_sync(kAllLanes, lane < warp ? warp_count : 0);
+  const int32_t total = __reduce_add_sync(kAllLanes, warp_count);
+  if (threadIdx.x == 0) {
+    *args.num_active = total;
+  }
+#pragma unroll 2
+  for (int w = begin; w < end; ++w) {
+    // Lane t has token t's word, and lane b wants all tokens' bit b.
+    const uint32_t low = word_of(w, lane);
+    const uint32_t high = word_of(w, lane + kWarp);
+    uint64_t mask = 0;
+    for (int t = 0; t < tokens; ++t) {
+      const uint32_t word = __shfl_sync(kAllLanes, t < kWarp ? low : high, t % kWarp);
+      mask |= static_cast<uint64_t>(word >> lane & 1) << t;
+    }
+    const unsigned active = __ballot_sync(kAllLanes, mask != 0);
+    if (mask != 0) {
+      const int32_t at = position + __popc(active & ((1u << lane) - 1));
+      args.list[at] = w * 32 + lane;
+      args.masks[at] = mask;
+    }
+    position += __popc(active);
+  }
+}
+
+__global__ void __launch_bounds__(kLargeBlock) list_kernel(const FfnArgs args) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  list_active_experts(args);
+}
+
+// A block for each token. A single one makes the list too.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) select_kernel(const FfnArgs args, const Router router) {
+  __shared__ uint64_t scratch[kNumBins<kThreads>];
+  const int token = blockIdx.x;
+  const int E = args.num_experts;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  LogitRow<float> row{router.logits + static_cast<int64_t>(token) * E, 1, E};
+  const float threshold = router.thresholds[token * router.threshold_stride];
+  const Cutoff cutoff =
+      find_cutoff<kThreads>(row, threshold, router.min_experts, router.max_experts, scratch);
+  for (int base = 0; base < E; base += kThreads) {
+    const int e = base + threadIdx.x;
+    const bool active = e < E && routing_key(row[e], e) <= cutoff.key;
+    const unsigned word = __ballot_sync(kAllLanes, active);
+    if (e % kWarp == 0 && e < E) {
+      args.bits[e / 32 * args.num_tokens + token] = word;
+    }
+  }
+  if (threadIdx.x == 0) {
+    router.counts[token] = cutoff.count;
+  }
+  if (args.num_tokens == 1) {
+    __syncthreads();
+    list_active_experts(args);
+  }
+}
+
+// The same for experts that are given. What is no expert is left out.
+__global__ void __launch_bounds__(kLargeBlock)
+    given_kernel(const FfnArgs args, const GivenExperts given) {
+  __shared__ uint32_t bits[kMaxExperts / 32];
+  const int token = blockIdx.x;
+  const int words = (args.num_experts + 31) / 32;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  for (int w = threadIdx.x; w < words; w += blockDim.x) {
+    bits[w] = 0;
+  }
+  __syncthreads();
+  const int32_t count = ::min(given.counts[token], given.num_columns);
+  const int32_t* ids = given.expert_ids + static_cast<int64_t>(token) * given.num_columns;
+  for (int k = threadIdx.x; k < count; k += blockDim.x) {
+    const int32_t e = ids[k];
+    if (e >= 0 && e < args.num_experts) {
+      atomicOr(&bits[e / 32], 1u << e % 32);
+    }
+  }
+  __syncthreads();
+  for (int w = threadIdx.x; w < words; w += blockDim.x) {
+    args.bits[w * args.num_tokens + token] = bits[w];
+  }
+  if (args.num_tokens == 1) {
+    __syncthreads();
+    list_active_experts(args);
+  }
+}
+
+int block_of(const FfnArgs& args) {
+  return args.num_experts <= kSmallRow ? kSmallBlock : kLargeBlock;
+}
+
+void launch_list(const Target& target, const FfnArgs& args) {
+  if (args.num_tokens > 1) {
+    launch(target, list_kernel, dim3(1), block_of(args), args);
+  }
+}
+
+}  // namespace
+
+void launch_selection(const Target& target, const FfnArgs& args, const GivenExperts& given) {
+  launch(target, given_kernel, dim3(args.num_tokens), block_of(args), args, given);
+  launch_list(target, args);
+}
+
+void launch_selection(const Target& target, const FfnArgs& args, const Router& router,
+                      ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      launch_router<__nv_bfloat16>(target, args, router);
+      break;
+    case ScalarType::Half:
+      launch_router<__half>(target, args, router);
+      break;
+    default:
+      launch_router<float>(target, args, router);
+  }
+  if (block_of(args) == kSmallBlock) {
+    launch(target, select_kernel<kSmallBlock>, dim3(args.num_tokens), kSmallBlock, args, router);
+  } else {
+    launch(target, select_kernel<kLargeBlock>, dim3(args.num_tokens), kLargeBlock, args, router);
+  }
+  launch_list(target, args);
+}
+
+}  // namespace prunepath
