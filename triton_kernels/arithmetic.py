@@ -1,4 +1,4 @@
-"""What the kernels of the FFN share: conversions, activations, and products of tiles."""
+"""What the kernels share: conversions, activations, and products of rows of weights with tokens."""
 
 import os
 
@@ -8,6 +8,10 @@ import triton.language as tl
 # Triton decides this when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
+
+# From this many tokens on, products are matrix products (tl.dot).
+DOT_TOKENS = 16
+_DOT_TOKENS = tl.constexpr(DOT_TOKENS)
 
 
 @triton.jit
@@ -33,6 +37,13 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def round_to_tf32(x):
+    """float32 x rounded to tf32, which has the 10 bits of float16's mantissa and the exponents of float32."""
+    rounded = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """relu, gelu, gelu_tanh, silu or relu2 of float32 x; a NaN stays one."""
     if ACTIVATION == "gelu":
@@ -51,17 +62,50 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, accumulator, PRECISION: tl.constexpr):
-    """accumulator + a·b in float32. PRECISION is that of float32 operands: "ieee", or "tf32" for those that
+def dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a·b in float32. PRECISION is that of float32 operands: "ieee", or "tf32" for those that
     `round_to_tf32` made or that were float16."""
     if _INTERPRETED:  # which gets products of bfloat16 wrong
         a = to_float(a)
         b = to_float(b)
-    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+    return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @triton.jit
-def round_to_tf32(x):
-    """float32 x rounded to tf32, which has the 10 bits of float16's mantissa and the exponents of float32."""
-    rounded = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
-    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+def project(rows, valid, tokens, stride, present, size, ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """Float32 products [ROWS, TOKENS] of rows of weights and tokens of `size` values, which the pointers name.
+
+    A float32 token is never rounded to the weights' dtype."""
+    lane = tl.arange(0, BLOCK)
+    if TOKENS >= _DOT_TOKENS:
+        total = tl.zeros((ROWS, TOKENS), tl.float32)
+        for start in range(0, size, BLOCK):
+            column = start + lane
+            inside = column < size
+            w = tl.load(rows[:, None] + column[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
+            value = tl.load(
+                tokens[None, :] + column.to(tl.int64)[:, None] * stride,
+                mask=present[None, :] & inside[:, None],
+                other=0.0,
+            )
+            if value.dtype == tl.float32:
+                # Each block alone first, which keeps digits that one chain of `size` additions would lose. The last
+                # argument, which means nothing to float32, keeps Triton from making one chain of it.
+                total += tl.dot(to_float(w), value, input_precision="ieee", max_num_imprecise_acc=1)
+            else:
+                total = dot(w, value, total, "ieee")
+    else:
+        # Summed along lanes once, at the end. All in three dimensions, so that no layout is converted in the loop.
+        product = tl.zeros((ROWS, TOKENS, BLOCK), tl.float32)
+        for start in range(0, size, BLOCK):
+            column = (start + lane)[None, None, :]
+            inside = column < size
+            w = tl.load(rows[:, None, None] + column, mask=valid[:, None, None] & inside, other=0.0)
+            value = tl.load(
+                tokens[None, :, None] + column.to(tl.int64) * stride,
+                mask=present[None, :, None] & inside,
+                other=0.0,
+            )
+            product += to_float(w) * to_float(value)
+        total = tl.sum(product, axis=2)
+    return total

@@ -1,66 +1,107 @@
-"""`routed_ffn` in Triton: router, selection and FFN."""
+"""Router, selection and FFN in one call, in Triton."""
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .checks import check_ffn, check_output, check_router, check_workspace
-from .route import MAX_NUM_EXPERTS
-from .sparse_ffn import workspace_size
-
-_OP = "routed_ffn"
+from . import checks
+from .arithmetic import DOT_TOKENS, project, to_float
+from .ffn import block_tokens, ffn, power_of_2, stages
+from .route import TILE, select_into
 
 
-@torch.no_grad()
+@triton.jit(do_not_specialize=["num_tokens"])
+def router_kernel(
+    x,
+    weight,  # [rows, size]
+    bias,
+    out,  # float32 [T, rows]
+    token_bits,  # int64 [ceil(T / 64), rows] or None: set to zero
+    num_tokens,
+    num_rows,
+    size,
+    x_token_stride,
+    x_stride,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """weight·x + bias in float32. Grid: blocks of rows, tiles of 64 tokens or fewer."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    valid = row < num_rows
+    present = token < num_tokens
+    tokens = x + token * x_token_stride
+    z = project(weight + row.to(tl.int64) * size, valid, tokens, x_stride, present, size, ROWS, TOKENS, BLOCK)
+    if bias is not None:
+        z += to_float(tl.load(bias + row, mask=valid, other=0.0))[:, None]
+    tl.store(out + token[None, :] * num_rows + row[:, None], z, mask=valid[:, None] & present[None, :])
+    if token_bits is not None:
+        zeros = tl.zeros((ROWS,), tl.int64)
+        tl.store(token_bits + tl.program_id(1).to(tl.int64) * num_rows + row, zeros, mask=valid)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, token_bits: Tensor | None) -> Tensor:
+    num_tokens, (num_rows, size) = x.shape[0], weight.shape
+    out = torch.empty(num_tokens, num_rows, dtype=torch.float32, device=x.device)
+    if out.numel() == 0:
+        return out
+    tokens = block_tokens(num_tokens)
+    if tokens >= DOT_TOKENS:
+        rows, block = 16, 32 if x.dtype == torch.float32 else 128
+    else:
+        block = power_of_2(size, 16, 4096 // tokens)
+        rows = power_of_2(num_rows, 1, 4096 // tokens // block)
+    router_kernel[(triton.cdiv(num_rows, rows), triton.cdiv(num_tokens, TILE))](
+        x,
+        weight,
+        bias,
+        out,
+        token_bits,
+        num_tokens,
+        num_rows,
+        size,
+        *x.stride(),
+        TOKENS=tokens,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=4,
+        num_stages=stages(),
+    )
+    return out
+
+
 def routed_ffn(
     x: Tensor,
-    router_weight: Tensor,
+    router_in: Tensor | None,
+    router_out: Tensor,
     router_bias: Tensor | None,
     threshold: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down_t: Tensor,
     activation: str,
     *,
-    b_in: Tensor | None = None,
-    b_out: Tensor | None = None,
-    center: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
     min_experts: int = 1,
     max_experts: int = 0,
-    y: Tensor | None = None,
-    counts: Tensor | None = None,
-    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Router, `route` and `sparse_ffn` in one call: three kernels for up to 64 tokens, and two for one token
-    or, in float32, up to 4.
-
-    Equal bits for equal inputs on one device. Nothing waits for the GPU, and with `y`, `counts` and `workspace` nothing
-    is allocated. Under a CUDA graph the experts follow x, the threshold and the weights of each replay.
-
-    Args:
-        x, router_weight, router_bias, threshold, w_in, w_out, activation, b_in, b_out, center, min_experts,
-            max_experts: as in `prunepath.ops.routed_ffn`; at most 4096 experts. The values of a threshold on a GPU are
-            not checked: there NaN selects every expert, 0 or less `min_experts`.
-        y: [T, H] of x's dtype, contiguous, to be written and returned; None for a new tensor.
-        counts: int32 [T], contiguous, likewise.
-        workspace: uint8 [bytes], at least `workspace_size`; its contents do not matter. None for a new tensor.
-
-    Raises:
-        RuntimeError: an argument is not as above; the message says which.
-    """
-    check_ffn(_OP, x, w_in, w_out, activation, b_in, b_out, center, MAX_NUM_EXPERTS)
-    check_router(_OP, x, w_in, router_weight, router_bias, threshold, min_experts, max_experts)
-    if y is None:
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    else:
-        check_output(_OP, "y", y, x.dtype, tuple(x.shape), "[T, H]", x)
-    if counts is None:
-        counts = torch.empty(x.shape[0], dtype=torch.int32, device=x.device)
-    else:
-        check_output(_OP, "counts", counts, torch.int32, (x.shape[0],), "[T]", x)
-    if workspace is not None:
-        check_workspace(_OP, workspace, workspace_size(x, w_in), x)
-    router = launch.Router(router_weight, router_bias, threshold, min_experts, max_experts)
-    launch.run(x, w_in, w_out, activation, b_in, b_out, center, router, None, counts, y, workspace)
-    return y, counts
+    """Router, top-mass selection and FFN: y [T, H], counts int32 [T]; see `prunepath.ops.routed_ffn`."""
+    op = "routed_ffn"
+    checks.check_ffn(op, x, gate, up, down_t, activation, gate_bias, up_bias, down_bias)
+    checks.check_router(op, x, up, router_in, router_out, router_bias)
+    num_tokens, num_experts = x.shape[0], router_out.shape[0]
+    checks.check_threshold(op, threshold, "x", x)
+    checks.check_limits(op, num_experts, min_experts, max_experts)
+    counts = torch.empty(num_tokens, dtype=torch.int32, device=x.device)
+    token_bits = torch.empty(triton.cdiv(num_tokens, TILE), num_experts, dtype=torch.int64, device=x.device)
+    with torch.cuda.device_of(x):
+        u = x if router_in is None else _project(x, router_in, None, None)
+        logits = _project(u, router_out, router_bias, token_bits)
+        select_into(logits, threshold, min_experts, max_experts, counts, token_bits=token_bits)
+        return ffn(x, gate, up, down_t, token_bits, activation, gate_bias, up_bias, down_bias), counts

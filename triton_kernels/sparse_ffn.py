@@ -1,58 +1,41 @@
-"""`sparse_ffn` in Triton: the FFN of given experts."""
+"""The FFN on the active experts alone, in Triton."""
 
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
-from . import launch
-from .checks import check_ffn, check_output, check_selection, check_workspace
-from .route import MAX_NUM_EXPERTS
-
-_OP = "sparse_ffn"
+from . import checks
+from .ffn import ffn, mark_kernel, power_of_2
+from .route import TILE
 
 
-@torch.no_grad()
 def sparse_ffn(
     x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down_t: Tensor,
     expert_ids: Tensor,
     counts: Tensor,
     activation: str,
     *,
-    b_in: Tensor | None = None,
-    b_out: Tensor | None = None,
-    center: Tensor | None = None,
-    y: Tensor | None = None,
-    workspace: Tensor | None = None,
+    num_experts: int,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
-    """y = b_out + Σ over active experts e of w_out[e]ᵀ·(h_e − center[e]); see `prunepath.ops.sparse_ffn`.
-
-    Equal bits for equal inputs on one device. Nothing waits for the GPU, and with `y` and `workspace` nothing is
-    allocated.
-
-    Args:
-        x, w_in, w_out, expert_ids, counts, activation, b_in, b_out, center: as in `prunepath.ops.sparse_ffn`; at most
-            4096 experts. The values of expert_ids and counts are not checked.
-        y: [T, H] of x's dtype, contiguous, to be written and returned; None for a new tensor.
-        workspace: uint8 [bytes], at least `workspace_size`; its contents do not matter. None for a new tensor.
-
-    Raises:
-        RuntimeError: an argument is not as above; the message says which.
-    """
-    check_ffn(_OP, x, w_in, w_out, activation, b_in, b_out, center, MAX_NUM_EXPERTS)
-    check_selection(_OP, x, expert_ids, counts)
-    if y is None:
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    else:
-        check_output(_OP, "y", y, x.dtype, tuple(x.shape), "[T, H]", x)
-    if workspace is not None:
-        check_workspace(_OP, workspace, workspace_size(x, w_in), x)
-    launch.run(x, w_in, w_out, activation, b_in, b_out, center, None, expert_ids, counts, y, workspace)
-    return y
-
-
-def workspace_size(x: Tensor, w_in: Tensor) -> int:
-    """Bytes of workspace of `sparse_ffn` and `routed_ffn` for x [T, H] or fewer tokens, and w_in [E, n, G, H]."""
-    return launch.workspace_size(x.shape[0], w_in)
+    """y = b_down + Σ over active experts' neurons of h_j·down_t[j]; see `prunepath.ops.sparse_ffn`."""
+    op = "sparse_ffn"
+    checks.check_ffn(op, x, gate, up, down_t, activation, gate_bias, up_bias, down_bias)
+    checks.check_num_experts(op, up, num_experts)
+    checks.check_selection(op, x, expert_ids, counts)
+    num_tokens, columns = expert_ids.shape
+    token_bits = torch.zeros(triton.cdiv(num_tokens, TILE), num_experts, dtype=torch.int64, device=x.device)
+    block = power_of_2(columns, 32, 1024)
+    with torch.cuda.device_of(x):
+        if expert_ids.numel() > 0:
+            mark_kernel[(num_tokens, triton.cdiv(columns, block))](
+                expert_ids, counts, token_bits, num_experts, columns, BLOCK=block
+            )
+        return ffn(x, gate, up, down_t, token_bits, activation, gate_bias, up_bias, down_bias)

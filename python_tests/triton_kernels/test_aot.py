@@ -1,4 +1,4 @@
-"""The Triton kernels compile for GPUs that are not there: registers hold everything, and nothing is fused."""
+"""The Triton kernels compile for GPUs that are not there: registers hold everything, and routing is exact."""
 
 import os
 import re
@@ -9,60 +9,23 @@ import torch
 
 triton = pytest.importorskip("triton", reason="needs the package triton")
 
-from prunepath.triton_kernels import configs, decode, launch, prefill, route, tuned  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+
+from prunepath.triton_kernels import ffn, route, routed_ffn, sparse_ffn  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 interprets kernels instead of compiling"
 )
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
-def compile_route(arch, block, dtype="fp32", **options):
-    pointers = {"logits": f"*{dtype}", "expert_ids": "*i32", "probs": "*fp32", "counts": "*i32"}
-    constants = {"stride_expert": 1, "THRESHOLD_IS_TENSOR": True, "BLOCK": block}
-    signature = {name: "i32" for name in route.route_kernel.arg_names}
-    signature |= pointers | {"threshold": "*fp32"} | dict.fromkeys(constants, "constexpr")
-    return triton.compile(
-        ASTSource(route.route_kernel, signature, constexprs=constants),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": route.num_warps(block), **options},
-    )
-
-
-def resources(kernel, tmp_path):
-    """What the machine code of a kernel uses: {"REG": registers a thread, "STACK": bytes a thread, ...}."""
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(kernel.asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", path]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", output)}
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("block", "dtype"), [(16, "fp32"), (128, "bf16"), (1024, "fp16"), (4096, "fp32")])
-def test_route_spills_no_registers(arch, block, dtype, tmp_path):
-    kernel = compile_route(arch, block, dtype)
-    used = resources(kernel, tmp_path)
-    assert used["STACK"] == used["LOCAL"] == 0
-    # All registers of a block fit in a multiprocessor's 65536.
-    assert 0 < used["REG"] * 32 * route.num_warps(block) <= 65536
-
-
-def test_a_spill_would_be_seen(tmp_path):
-    assert resources(compile_route(90, 1024, maxnreg=24), tmp_path)["STACK"] > 0
-
-
-def test_route_does_only_exact_arithmetic():
-    """No fused, approximate or subnormal-flushing operation: the selection is the CPU's, bit for bit."""
-    ptx = compile_route(90, 64).asm["ptx"]
-    assert "sub.rn.f32" in ptx or "sub.f32" in ptx
-    assert re.findall(r"\b(?:fma\.\S+|\S+\.approx\S*|\S+\.ftz\S*|div\.full\S*)", ptx) == []
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
 
 
 class Recorder:
@@ -76,35 +39,17 @@ class Recorder:
         return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
-def launches_of(monkeypatch, arch, num_tokens, hidden_size, width, inner, dtype, parameters=False, activation="silu"):
-    """The launches of `routed_ffn` for 128 experts: (kernel, arguments, options)."""
-    launches = []
-    for module in (decode, prefill, route):
-        for name, kernel in vars(module).items():
+@pytest.fixture
+def launches(monkeypatch, tmp_path):
+    """The launches of what the test calls: (kernel, arguments, options)."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(ffn, "num_multiprocessors", lambda device: 132)
+    recorded = []
+    for module in (ffn, route, routed_ffn, sparse_ffn):
+        for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel") and isinstance(kernel, triton.runtime.JITFunction):
-                monkeypatch.setattr(module, name, Recorder(kernel, launches))
-    monkeypatch.setattr(configs, "architecture", lambda device: f"sm_{arch}")
-    E, n, H = 128, width, hidden_size
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x, w_in, w_out = empty(num_tokens, H), empty(E, n, inner, H), empty(E, n, H)
-    given = (empty(E, n, inner), empty(H), empty(E, n)) if parameters else (None, None, None)
-    router = launch.Router(empty(E, H), None, empty(num_tokens, dtype=torch.float32), 1, 0)
-    counts = empty(num_tokens, dtype=torch.int32)
-    launch.run(x, w_in, w_out, activation, *given, router, None, counts, torch.empty_like(x), None)
-    return launches
-
-
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.int8: "*i8",
-}
+                monkeypatch.setattr(module, name, Recorder(kernel, recorded))
+    return recorded
 
 
 def compile_launch(arch, kernel, args, options):
@@ -132,73 +77,87 @@ def compile_launch(arch, kernel, args, options):
     )
 
 
-# ptxas puts a few scalars on the stack, outside of the innermost loops, where registers are as many as blocks that run
-# beside each other can have. Blocks of weights that do not fit take hundreds of bytes.
-SCALARS_ON_STACK = 40
+def resources(kernel, tmp_path):
+    """What the machine code of a kernel uses: {"REG": registers a thread, "STACK": bytes a thread, ...}."""
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(kernel.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", path]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", output)}
 
 
 def assert_no_spills(arch, launches, tmp_path):
     for kernel, args, options in launches:
         used = resources(compile_launch(arch, kernel, args, options), tmp_path)
-        assert used["STACK"] <= SCALARS_ON_STACK and used["LOCAL"] == 0, (kernel.__name__, options, used)
-        assert 0 < used["REG"] * 32 * options["num_warps"] <= 65536
+        assert used["STACK"] <= 16 and used["LOCAL"] == 0, (kernel.__name__, options, used)
+        assert 0 < used["REG"] * 32 * options.get("num_warps", 4) <= 65536
 
 
-# Each kernel, each dtype, each kind of FFN, few columns and many; not all of their combinations, which would take long.
-CALLS = [
-    (1, 4096, 112, 2, torch.bfloat16, False, "silu"),
-    (4, 4096, 112, 2, torch.bfloat16, True, "silu"),
-    (2, 1024, 32, 1, torch.float16, True, "gelu"),
-    (4, 1536, 70, 2, torch.float32, False, "gelu_tanh"),
-    (8, 1536, 70, 2, torch.bfloat16, True, "silu"),
-    (32, 4096, 128, 1, torch.float16, False, "relu"),
-    (16, 1024, 32, 1, torch.float32, False, "relu2"),
-    (300, 4096, 112, 2, torch.bfloat16, False, "silu"),
-]
+def call_routed_ffn(T, H, E, n, rank, *, gated=True, dtype=torch.bfloat16, biases=False, activation="silu"):
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    D = E * n
+    router = (empty(rank, H), empty(E, rank)) if rank else (None, empty(E, H))
+    tables = [empty(D, H) if gated else None, empty(D, H), empty(D, H)]
+    given = {"up_bias": empty(D), "down_bias": empty(H)} if biases else {}
+    threshold = empty(T, dtype=torch.float32)
+    routed_ffn.routed_ffn(empty(T, H), *router, empty(E) if biases else None, threshold, *tables, activation, **given)
+
+
+# Each kernel, each dtype, each kind of FFN, few tokens and many; not all of their combinations, which would take long.
+CALLS = {
+    "one token": dict(T=1, H=4096, E=14336, n=1, rank=256),
+    "four tokens": dict(T=4, H=1536, E=128, n=70, rank=0, dtype=torch.float32, biases=True),
+    "a few tokens": dict(T=16, H=1000, E=64, n=32, rank=0, dtype=torch.float16, gated=False, activation="gelu"),
+    "a tile of tokens": dict(T=64, H=4096, E=3584, n=4, rank=256),
+    "a tile in float32": dict(T=64, H=1024, E=128, n=32, rank=64, dtype=torch.float32, activation="gelu_tanh"),
+}
 
 
 @pytest.mark.parametrize(
-    ("arch", "call"), [(90, call) for call in CALLS] + [(80, call) for call in CALLS[1::2]], ids=str
+    ("arch", "name"),
+    [(90, name) for name in CALLS] + [(arch, name) for arch in (80, 100) for name in ("one token", "a tile of tokens")],
 )
-def test_ffns_spill_no_registers(monkeypatch, arch, call, tmp_path):
-    *sizes, dtype, parameters, activation = call
-    launches = launches_of(monkeypatch, arch, *sizes, dtype, parameters, activation)
-    fused = sizes[0] == 1 or (sizes[0] <= 4 and dtype == torch.float32)
-    assert len(launches) == (2 if fused else 3 if sizes[0] <= 64 else 6)
+def test_ffns_spill_no_registers(launches, arch, name, tmp_path):
+    call_routed_ffn(**CALLS[name])
+    assert len(launches) == 7 - (CALLS[name]["rank"] == 0)
     assert_no_spills(arch, launches, tmp_path)
 
 
-@pytest.mark.parametrize("key", sorted(tuned.TABLE), ids=str)
-def test_tuned_configurations_spill_no_registers(monkeypatch, key, tmp_path):
-    name, hidden_size, intermediate_size, inner, dtype, num_tokens = key
-    if not name.startswith("sm_"):
-        pytest.skip("compiles for NVIDIA's GPUs alone")
-    arch = int(name.removeprefix("sm_"))
-    sizes = (num_tokens, hidden_size, intermediate_size // 128, inner)
-    launches = launches_of(monkeypatch, arch, *sizes, getattr(torch, dtype))
-    assert_no_spills(arch, launches[1:], tmp_path)
+@pytest.mark.parametrize("num_experts", [3, 1000, 65536])
+def test_routing_spills_no_registers(launches, num_experts, tmp_path):
+    logits = torch.empty(2, num_experts, device="meta")
+    route.route(logits, 0.5)
+    route.select(logits.to(torch.bfloat16), 0.5)
+    assert_no_spills(90, launches, tmp_path)
 
 
-def test_few_tokens_load_weights_16_bytes_at_a_time(monkeypatch):
-    kernel, args, options = launches_of(monkeypatch, 90, 1, 4096, 112, 2, torch.bfloat16)[1]
-    ptx = compile_launch(90, kernel, args, options).asm["ptx"]
-    assert len(re.findall(r"ld\.global\S*evict_first\S*v4\.b32|cp\.async\.cg\S*", ptx)) >= 3
-    assert re.findall(r"ld\.global\S*evict_first\S*\.b16|cp\.async\.ca\S*", ptx) == []
+def test_given_experts_spill_no_registers(launches, tmp_path):
+    table = torch.empty(64, 128, device="meta")
+    ids = torch.empty(3, 16, dtype=torch.int32, device="meta")
+    sparse_ffn.sparse_ffn(table[:3], None, table, table, ids, ids[:, 0].contiguous(), "relu", num_experts=16)
+    assert_no_spills(90, [launch for launch in launches if launch[0].__name__ == "mark_kernel"], tmp_path)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("num_tokens", [1, 8, 32])
-def test_kernels_wait_for_the_one_before_where_they_overlap(monkeypatch, arch, num_tokens):
-    for kernel, args, options in launches_of(monkeypatch, arch, num_tokens, 1024, 32, 1, torch.bfloat16):
-        ptx = compile_launch(arch, kernel, args, options).asm["ptx"]
-        overlaps = configs.overlaps(f"sm_{arch}", num_tokens)
-        assert overlaps == (arch >= 90 and num_tokens < 32)
-        assert ("launch_pdl" in options) == ("griddepcontrol" in ptx) == overlaps
-        if overlaps:
-            accesses = r"\b(?:ld|st|atom|red|cp\.async)\S*\.global\S*|griddepcontrol\.wait"
-            assert re.search(accesses, ptx).group() == "griddepcontrol.wait"
+def test_a_spill_would_be_seen(launches, tmp_path):
+    route.select(torch.empty(2, 1000, device="meta"), 0.5)
+    ((kernel, args, options),) = launches
+    assert resources(compile_launch(90, kernel, args, {**options, "maxnreg": 24}), tmp_path)["STACK"] > 16
 
 
-@pytest.mark.parametrize("arch", ["gfx942", "gfx90a", "interpreter"])
-def test_other_gpus_overlap_no_kernels(arch):
-    assert not configs.overlaps(arch, 1)
+def test_routing_does_only_exact_arithmetic(launches):
+    """No fused, approximate or subnormal-flushing operation: the selection is the CPU's, bit for bit."""
+    route.route(torch.empty(2, 1000, device="meta"), 0.5)
+    ptx = compile_launch(90, *launches[0]).asm["ptx"]
+    assert "sub.rn.f32" in ptx or "sub.f32" in ptx
+    assert re.findall(r"\b(?:fma\.\S+|\S+\.approx\S*|\S+\.ftz\S*|div\.full\S*)", ptx) == []
+
+
+def test_one_token_loads_weights_16_bytes_at_a_time(launches):
+    call_routed_ffn(**CALLS["one token"])
+    for launch in launches:
+        if launch[0].__name__ in ("hidden_kernel", "down_kernel", "router_kernel"):
+            ptx = compile_launch(90, *launch).asm["ptx"]
+            assert re.search(r"ld\.global\S*v4\.b32", ptx), launch[0].__name__
+            assert not re.search(r"ld\.global\S*\.b16", ptx), launch[0].__name__

@@ -13,29 +13,31 @@ import torch
 from prunepath import ops
 
 backend = ops.resolve_backend("triton", torch.device("cpu"))
-x, router_weight, w_in, w_out = (torch.randn(shape) for shape in ((3, 32), (16, 32), (16, 4, 2, 32), (16, 4, 32)))
-b_in, b_out, center = torch.randn(16, 4, 2), torch.randn(32), torch.randn(16, 4)
+x, router_in, router_out = (torch.randn(shape) for shape in ((3, 32), (4, 32), (16, 4)))
+gate, up, down_t, up_bias = torch.randn(64, 32), torch.randn(64, 32), torch.randn(64, 32), torch.randn(64)
+limits = dict(min_experts=2, max_experts=8)
 
 
 def calls(x, threshold):
-    z = x @ router_weight.t()
-    expert_ids, probs, counts = backend.route(z, threshold, min_experts=2, max_experts=8)
-    y = backend.sparse_ffn(x, w_in, w_out, expert_ids, counts, "silu", b_in=b_in)
-    more = backend.routed_ffn(x, router_weight, None, threshold, w_in, w_out, "gelu", b_out=b_out, center=center)
-    return expert_ids, probs, counts, y, *more, *backend.route(z, 0.8), *backend.routed_ffn(
-        x, router_weight, None, threshold, w_in, w_out, "silu", min_experts=2, max_experts=8
-    )
+    z = x @ router_in.t() @ router_out.t()
+    expert_ids, probs, counts = backend.route(z, threshold, **limits)
+    y = backend.sparse_ffn(x, gate, up, down_t, expert_ids, counts, "silu", num_experts=16, up_bias=up_bias)
+    router = (router_in, router_out, None, threshold)
+    more = backend.routed_ffn(x, *router, None, up, down_t, "gelu", up_bias=up_bias, **limits)
+    return expert_ids, probs, counts, y, *more, *backend.select(z, threshold), *backend.route(z, 0.8)
 
 
 compiled = torch.compile(calls, fullgraph=True, backend="aot_eager")
 for threshold in (torch.tensor(0.5), torch.tensor([0.1, 0.6, 1.0])):
     for got, expected in zip(compiled(x, threshold), calls(x, threshold), strict=True):
         assert got.dtype == expected.dtype and torch.equal(got, expected)
-operator = torch.ops.prunepath_triton.routed_ffn.default
-for min_experts, max_experts in ((1, 0), (2, 8)):
-    weights = (router_weight, None, torch.tensor(0.5), w_in, w_out, "silu")
-    options = dict(b_in=b_in, b_out=b_out, center=center, min_experts=min_experts, max_experts=max_experts)
-    torch.library.opcheck(operator, (x, *weights), options, test_utils=("test_schema", "test_faketensor"))
+
+checks = dict(test_utils=("test_schema", "test_faketensor"))
+triton = torch.ops.prunepath_triton
+router = (router_in, router_out, None, torch.tensor(0.5))
+torch.library.opcheck(triton.routed_ffn.default, (x, *router, gate, up, down_t, "silu"), limits, **checks)
+torch.library.opcheck(triton.select.default, (x, 0.5), limits, **checks)
+torch.library.opcheck(triton.route.tensor, (x, torch.tensor(0.5)), {}, **checks)
 """
 
 
