@@ -89,7 +89,7 @@ def _resolve(name: str, device: torch.device) -> Backend:
         raise BackendError(f"Expected a backend out of auto, {', '.join(NAMES)}, got {name!r}.")
     if name == "cpu":
         native.require()
-    reason = _missing(name)
+    reason = _missing(name, device)
     if reason is not None:
         raise BackendError(reason)
     if name in ("cpu", "cuda") and device.type != name:
@@ -113,7 +113,7 @@ def _automatic(device: torch.device) -> str:
         return "cpu"
     if device.type != "cuda":
         raise BackendError(f"No backend was made for the device {device}; reference works on any device.")
-    reason = native.cuda_error()
+    reason = native.cuda_error() or _outdated(device)
     if reason is None:
         return "cuda"
     name = "reference" if _missing("triton") else "triton"
@@ -121,8 +121,8 @@ def _automatic(device: torch.device) -> str:
     return name
 
 
-def _missing(name: str) -> str | None:
-    """Why a backend is not available, as one sentence, or None."""
+def _missing(name: str, device: torch.device | None = None) -> str | None:
+    """Why a backend is not available, on `device` or at all, as one sentence, or None."""
     if name == "cpu":
         if native.error() is not None or not os.environ.get("PRUNEPATH_CPU_KERNEL"):
             return native.error()  # unless the variable asks for one, there are always kernels
@@ -134,13 +134,27 @@ def _missing(name: str) -> str | None:
     if name == "cuda":
         if native.cuda_error() is not None:
             return native.cuda_error()
-        return None if torch.cuda.is_available() else "The backend cuda needs a GPU, and torch sees none."
+        if not torch.cuda.is_available():
+            return "The backend cuda needs a GPU, and torch sees none."
+        return _outdated(device if device is not None and device.type == "cuda" else None)
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "The backend triton needs the package triton: pip install triton."
         if not torch.cuda.is_available() and not _interpreting():
             return "The backend triton needs a GPU, and torch sees none."
     return None
+
+
+def _outdated(device: torch.device | None) -> str | None:
+    """Why PrunePath's CUDA library, which is loaded, has no code for a GPU as old as `device`, or None."""
+    oldest = min(map(int, torch.ops.prunepath.cuda_architectures().split(",")))
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor >= oldest:
+        return None
+    return (
+        f"PrunePath's library _C_cuda was compiled for GPUs of compute capability {oldest // 10}.{oldest % 10} or "
+        f"newer, got {torch.cuda.get_device_name(device)} of {major}.{minor}."
+    )
 
 
 def _interpreting() -> bool:
