@@ -10,9 +10,11 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from prunepath import ops
 from prunepath.nn import SparseFFN
 from prunepath.nn.observers import observing_hidden, observing_inputs, valid_tokens
 from prunepath.nn.thresholds import LARGEST_THRESHOLD, SMALLEST_THRESHOLD
@@ -237,12 +239,12 @@ class Search:
         def select(ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
                 valid = valid_tokens(ffn, len(x))
-                sorted_mass, order = masses_before(ffn, ffn.router(x))
-                known = (sorted_mass if valid is None else sorted_mass[valid]).flatten()
-                mass = torch.empty_like(sorted_mass).scatter_(1, order, sorted_mass)
-                low, cutoff, high = (quantile(known, factor * wanted[ffn]) for factor in (_BAND[0], 1.0, _BAND[1]))
-                gates = (mass < cutoff).to(hidden.dtype)
-                band = (mass >= low) & (mass < high)
+                logits = ffn.router(x)
+                masses = masses_before(ffn, logits if valid is None else logits[valid])
+                fewer, active, more = (
+                    _select(ffn, logits, quantile(masses, factor * wanted[ffn])) for factor in (_BAND[0], 1.0, _BAND[1])
+                )
+                gates, band = active.to(hidden.dtype), more & ~fewer
                 if valid is not None:
                     band &= valid.unsqueeze(1)
 
@@ -305,6 +307,13 @@ class Search:
             return self.loss()
 
 
+def _select(ffn: SparseFFN, logits: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """Which experts are active: bool [T, E]."""
+    kernels = ops.resolve_backend(logits.device)
+    limits = {"min_experts": ffn.min_experts, "max_experts": ffn.max_experts}
+    return kernels.select(logits, threshold.float(), **limits)[0]
+
+
 def _prune(useful: torch.Tensor, projection: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
     return (torch.where(useful, args[0], 0.0),)
 
@@ -333,9 +342,8 @@ class FitFractions:
         self.thresholds: dict[float, torch.Tensor] = {}
 
     def __call__(self, ffn: SparseFFN, x: torch.Tensor) -> None:
-        mass, _ = masses_before(ffn, ffn.router(spread(x)))
-        mass = mass.flatten()
-        self.thresholds = {budget: quantile(mass, fraction).float() for budget, fraction in self.fractions.items()}
+        masses = masses_before(ffn, ffn.router(spread(x)))
+        self.thresholds = {budget: quantile(masses, fraction).float() for budget, fraction in self.fractions.items()}
         ffn.try_threshold(self.thresholds[self.node])
 
 
@@ -349,26 +357,32 @@ def spread(tokens: torch.Tensor) -> torch.Tensor:
     return tokens[:: max(1, len(tokens) // _ROUTED_TOKENS)]
 
 
-def masses_before(ffn: SparseFFN, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The share of mass before each expert within the FFN's limits, ascending, and which expert: [T, E] each.
+def masses_before(ffn: SparseFFN, logits: torch.Tensor) -> torch.Tensor:
+    """The share of mass before each expert of each token within the FFN's limits, ascending: float64 [T · E].
 
-    An expert is active iff the mass before it, in float64, is under the threshold.
+    An expert is active iff the mass before it is under the threshold.
     """
-    probs, order = logits.softmax(-1).sort(-1, descending=True)
-    probs = probs.double()
+    probs = _sorted(logits.softmax(-1)).flip(-1).double()
     before = probs.cumsum(-1) - probs
     before[:, : ffn.min_experts] = 0.0
     if ffn.max_experts:
         before[:, ffn.max_experts :] = 2.0  # no threshold reaches them
-    return before, order
+    return _sorted(before.flatten())
+
+
+def _sorted(values: torch.Tensor) -> torch.Tensor:
+    """The values in ascending order along the last dimension."""
+    if values.is_cpu:  # with vector instructions, ten times as fast as torch's
+        return torch.from_numpy(np.sort(values.numpy(), axis=-1))
+    return values.sort(-1).values
 
 
 def quantile(masses: torch.Tensor, fraction: float) -> torch.Tensor:
-    """The threshold under which `fraction` of the masses before experts are: float64 []."""
+    """The threshold under which `fraction` of ascending masses before experts are: float64 []."""
     rank = round(fraction * len(masses))
     if rank >= len(masses):
         return torch.ones((), dtype=masses.dtype, device=masses.device)
-    return masses.kthvalue(rank + 1).values.clamp(min=SMALLEST_THRESHOLD, max=LARGEST_THRESHOLD)
+    return masses[rank].clamp(min=SMALLEST_THRESHOLD, max=LARGEST_THRESHOLD)
 
 
 def _solve(function: Callable[[float], float], value: float, low: float, high: float) -> float:

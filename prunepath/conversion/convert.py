@@ -49,7 +49,7 @@ from prunepath.train.router_state import RouterState
 
 # What a token costs in the parts of a conversion, against one of a forward pass without the head.
 _ROUTER_COST, _GROUPING_COST, _FIT_COST, _LOSS_COST, _SLOPE_COST = 1.75, 1.0, 1.2, 1.5, 2.8
-_BACKWARD_TOKENS = 256
+_BACKWARD_TOKENS = 512
 
 
 @torch.inference_mode(False)

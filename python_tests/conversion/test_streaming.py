@@ -1,5 +1,6 @@
 """Converting layer by layer: the checkpoint that converting in memory makes, and going on after being stopped."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 import prunepath
+from prunepath.conversion import streaming
 from prunepath.conversion.streaming import convert_streaming
 
 SIZES = dict(vocab_size=97, bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.2)
@@ -77,19 +79,28 @@ def test_it_is_what_converting_in_memory_makes(family, width, dense_folder, toke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "sparse"]
 
 
-STOPPED = """
-import sys, torch, prunepath, prunepath.conversion.streaming as streaming
-folder, out, layers = sys.argv[1], sys.argv[2], int(sys.argv[3])
-torch.set_num_threads(1)
-def stop(stream, index, real=streaming._Stream._release):
-    real(stream, index)
-    if index + 1 == layers:
-        raise KeyboardInterrupt
-streaming._Stream._release = stop
-texts = torch.load(sys.argv[4])
-config = prunepath.PrunePathConfig(**torch.load(sys.argv[5]))
-streaming.convert_streaming(folder, out, None, texts, config)
-"""
+@pytest.fixture
+def stopped_after(monkeypatch):
+    """Converts until a number of layers is done, when somebody presses Ctrl-C: (layers, folder, out, texts, config)."""
+
+    def run(layers, *arguments):
+        release = streaming._Stream._release
+
+        def stop(stream, index):
+            release(stream, index)
+            if index + 1 == layers:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(streaming._Stream, "_release", stop)
+            convert(*arguments)
+
+    return run
+
+
+def convert(folder, out, texts, config):
+    convert_streaming(folder, out, None, texts, config)
+
 
 KILLED = """
 import os, random, signal, sys, time, torch, prunepath
@@ -156,31 +167,28 @@ def run_script(script, *arguments, texts, config, tmp_path):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
 
-def test_a_stopped_run_goes_on_to_the_same_checkpoint(dense_folder, token_texts, small_config, tmp_path):
-    folder = dense_folder("gemma3")
-    shared = dict(texts=token_texts, config=small_config, tmp_path=tmp_path)
-    assert run_script(STOPPED, folder, tmp_path / "whole", 9, **shared).returncode == 0
+def test_a_stopped_run_goes_on_to_the_same_checkpoint(dense_folder, token_texts, small_config, tmp_path, stopped_after):
+    folder, out = dense_folder("gemma3"), tmp_path / "out"
+    convert(folder, tmp_path / "whole", token_texts, small_config)
     for layers in (1, 2):
-        result = run_script(STOPPED, folder, tmp_path / "out", layers, **shared)
-        assert "KeyboardInterrupt" in result.stderr
-        assert not (tmp_path / "out").exists()
+        stopped_after(layers, folder, out, token_texts, small_config)
+        assert not out.exists()
         left = sorted(path.name for path in (tmp_path / ".out.partial").glob("model-*"))
         assert len(left) == layers
     before = (tmp_path / ".out.partial" / left[0]).stat().st_mtime_ns
-    assert run_script(STOPPED, folder, tmp_path / "out", 9, **shared).returncode == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert (tmp_path / "out" / left[0]).stat().st_mtime_ns == before, "finished layers are not done again"
+    convert(folder, out, token_texts, small_config)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert (out / left[0]).stat().st_mtime_ns == before, "finished layers are not done again"
     assert not (tmp_path / ".out.partial").exists()
 
 
-def test_work_of_another_conversion_is_not_continued(dense_folder, token_texts, small_config, tmp_path):
-    folder = dense_folder("gemma3")
-    shared = dict(texts=token_texts, tmp_path=tmp_path)
-    run_script(STOPPED, folder, tmp_path / "out", 1, config=small_config, **shared)
-    other = prunepath.PrunePathConfig(**{**vars(small_config), "seed": 5})
-    assert run_script(STOPPED, folder, tmp_path / "out", 9, config=other, **shared).returncode == 0
-    assert run_script(STOPPED, folder, tmp_path / "whole", 9, config=other, **shared).returncode == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+def test_work_of_another_conversion_is_not_continued(dense_folder, token_texts, small_config, tmp_path, stopped_after):
+    folder, out = dense_folder("gemma3"), tmp_path / "out"
+    stopped_after(1, folder, out, token_texts, small_config)
+    other = dataclasses.replace(small_config, seed=5)
+    convert(folder, out, token_texts, other)
+    convert(folder, tmp_path / "whole", token_texts, other)
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_killing_it_at_any_moment_loses_no_layer_and_leaves_nothing_wrong(
@@ -188,7 +196,7 @@ def test_killing_it_at_any_moment_loses_no_layer_and_leaves_nothing_wrong(
 ):
     folder = dense_folder("gemma3")
     shared = dict(texts=token_texts, config=small_config, tmp_path=tmp_path)
-    result = run_script(KILLED, folder, tmp_path, 16, **shared)
+    result = run_script(KILLED, folder, tmp_path, 10, **shared)
     assert result.returncode == 0, result.stderr
     outcomes = json.loads(result.stdout.replace("'", '"'))
     assert min(outcomes[kind] for kind in ("old", "left", "went on")) > 0, outcomes  # a busy machine may finish none
