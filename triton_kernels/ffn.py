@@ -75,39 +75,26 @@ def hidden_kernel(
 ):
     token = tl.arange(0, TOKENS)
     present = token < num_tokens
+    x_rows = x + token.to(tl.int64) * x_token_stride
     num_active = tl.load(num_listed) * expert_width
     for start in range(tl.program_id(0) * NEURONS, num_active, tl.num_programs(0) * NEURONS):
         place = start + tl.arange(0, NEURONS)
-        if gate is None:
-            row_place = place
-        else:  # the rows of a neuron in gate and in up follow each other
-            row_place = start + tl.arange(0, 2 * NEURONS) // 2
-        row_valid = row_place < num_active
-        row_expert = tl.load(experts + row_place // expert_width, mask=row_valid, other=0)
-        row_neuron = (row_expert * expert_width + row_place % expert_width).to(tl.int64)
-        rows = up + row_neuron * up_stride
-        if gate is not None:
-            rows = tl.where(tl.arange(0, 2 * NEURONS) % 2 == 0, gate + row_neuron * gate_stride, rows)
-        ROWS: tl.constexpr = NEURONS if gate is None else 2 * NEURONS
-        x_rows = x + token.to(tl.int64) * x_token_stride
-        z = project(rows, row_valid, x_rows, x_stride, present, hidden_size, ROWS, TOKENS, BLOCK)
-
         valid = place < num_active
         expert = tl.load(experts + place // expert_width, mask=valid, other=0)
         word = tl.load(bits + place // expert_width, mask=valid, other=0)
-        neuron = expert * expert_width + place % expert_width
-        if gate is None:
-            h = z
-        else:
-            g, h = tl.split(tl.permute(tl.reshape(z, (NEURONS, 2, TOKENS)), (0, 2, 1)))
-            if gate_bias is not None:
-                g += to_float(tl.load(gate_bias + neuron, mask=valid, other=0.0))[:, None]
+        neuron = (expert * expert_width + place % expert_width).to(tl.int64)
+        rows = up + neuron * up_stride
+        h = project(rows, valid, x_rows, x_stride, present, hidden_size, NEURONS, TOKENS, BLOCK)
         if up_bias is not None:
             h += to_float(tl.load(up_bias + neuron, mask=valid, other=0.0))[:, None]
         if gate is None:
             h = activate(h, ACTIVATION)
         else:
-            h = activate(g, ACTIVATION) * h
+            rows = gate + neuron * gate_stride
+            g = project(rows, valid, x_rows, x_stride, present, hidden_size, NEURONS, TOKENS, BLOCK)
+            if gate_bias is not None:
+                g += to_float(tl.load(gate_bias + neuron, mask=valid, other=0.0))[:, None]
+            h *= activate(g, ACTIVATION)
         h = tl.where(((word[:, None] >> token[None, :]) & 1) != 0, h, 0.0)
         if ROUNDED:
             h = round_to_tf32(h)
@@ -236,11 +223,11 @@ def ffn(
     is_dot, is_wide = tokens >= DOT_TOKENS, x.dtype == torch.float32
 
     if is_dot:
-        neurons, block = (16, 32) if is_wide else (min(32, tokens), 128)
+        neurons, block = (16, 32) if is_wide else (min(64, 2 * tokens), 128)
         down_neurons, columns = (16, 64) if is_wide else (32, 128)
         programs = 4 * num_multiprocessors(device)
     else:
-        neurons, block = max(1, 4 // tokens), power_of_2(hidden_size, 16, 1024)
+        neurons, block = max(2, 4 // tokens), power_of_2(hidden_size, 16, 1024)
         down_neurons, columns = max(4, 16 // tokens), power_of_2(hidden_size, 16, 256)
         programs = 8 * num_multiprocessors(device)
     column_blocks = max(1, triton.cdiv(hidden_size, columns))
@@ -282,7 +269,7 @@ def ffn(
             TOKENS=tokens,
             NEURONS=neurons,
             BLOCK=block,
-            num_warps=4,
+            num_warps=8 if neurons * tokens >= 4096 else 4,
             num_stages=stages(),
         )
         down_kernel[(column_blocks, splits)](
