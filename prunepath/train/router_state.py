@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import time
@@ -63,10 +64,13 @@ class RouterState:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                torch.save({**state, "fingerprint": self.fingerprint}, temporary)
+                # torch.save itself would turn a full disk into an error of its own.
+                buffer = io.BytesIO()
+                torch.save({**state, "fingerprint": self.fingerprint}, buffer)
+                temporary.write_bytes(buffer.getbuffer())
                 temporary.replace(self.path)
             finally:
                 temporary.unlink(missing_ok=True)
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into the latter
+        except OSError as error:
             raise PrunePathError(f"Expected to write the conversion's state {self.path}, but: {error}.") from error
         self._saved = time.monotonic()

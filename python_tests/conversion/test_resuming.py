@@ -107,11 +107,12 @@ def test_an_interrupt_while_the_state_is_written_leaves_the_last_one(
     interrupt(monkeypatch, llama, token_texts, small_config, state)
     before = state.read_bytes()
 
-    def interrupted(content, path):
-        path.write_bytes(b"half")
+    def interrupted(path, content):
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(router_state.torch, "save", interrupted)
+    monkeypatch.setattr(router_state.Path, "write_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prunepath.convert(llama, None, token_texts, small_config, state=state)
     assert [path.name for path in tmp_path.iterdir()] == ["state"] and state.read_bytes() == before
