@@ -349,7 +349,7 @@ def operators(inputs: list[Inputs], activation: str, nbytes: float) -> list[Cand
         sparse = Candidate(f"sparse_ffn{suffix}", [], nbytes)
         candidates += [routed, sparse]
         try:
-            backend = ops.resolve_backend(name, device)
+            backend = ops.resolve_backend(device, name)
         except BackendError as error:
             routed.skipped = sparse.skipped = f"not available: {error}"
             continue

@@ -46,7 +46,9 @@ done
 wait
 stage route 45 "$python" "$root/benchmarks/route.py" --device cuda --experts 128,1536,14336 --tokens 1,64 --json "$out/route.json"
 for shape in llama-3-8b opt-6.7b qwen2.5-1.5b t5-large; do
-    stage "ffn-$shape" 60 "$python" "$root/benchmarks/ffn.py" --device cuda --shapes "$shape" --expert-width 1,4,32 --router-rank 128 --repeats 3 --json "$out/ffn-$shape.json"
+    for width in 1 4 32; do
+        stage "ffn-$shape-$width" 40 "$python" "$root/benchmarks/ffn.py" --device cuda --shapes "$shape" --expert-width $width --router-rank 128 --repeats 3 --json "$out/ffn-$shape-$width.json"
+    done
 done
 stage decode 120 "$python" "$root/benchmarks/decode.py" --device cuda --model llama-3-8b --expert-width 1 --router-rank 128 --settings compiled-graph --active 0.25,1 --tokens 32 --repeats 3 --json "$out/decode.json"
 echo

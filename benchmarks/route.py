@@ -50,7 +50,7 @@ def measure(experts: int, tokens: int, args: argparse.Namespace) -> dict:
     names = ("route", "select")
     candidates = {name: partial(getattr(torch.ops.prunepath, name).default, logits, threshold) for name in names}
     if args.device == "cuda":
-        triton = ops.resolve_backend("triton", logits.device)
+        triton = ops.resolve_backend(logits.device, "triton")
         candidates |= {f"triton_{name}": partial(getattr(triton, name), logits, threshold) for name in names}
     for name, call in candidates.items():
         for index, (left, right) in enumerate(zip(call(), expected[name.removeprefix("triton_")], strict=True)):

@@ -69,16 +69,21 @@ def use_backend(name: str) -> None:
     _chosen = name
 
 
-def resolve_backend(device: torch.device) -> Backend:
-    """The backend of this process for tensors on `device`; see `use_backend`.
+def resolve_backend(device: torch.device, name: str | None = None) -> Backend:
+    """The backend for tensors on `device`.
+
+    Args:
+        device: where they are.
+        name: as of `use_backend`; None is the one that it chose for this process.
 
     Raises:
-        BackendError: the chosen backend is not available here or for this device.
+        BackendError: there is no such backend, or it is not available here or for this device.
         NativeLibraryError: it is `auto` or `cpu`, and the compiled library did not load.
     """
-    backend = _resolved.get((_chosen, device))
+    name = name or _chosen
+    backend = _resolved.get((name, device))
     if backend is None:
-        backend = _resolved[_chosen, device] = _resolve(_chosen, torch.device(device))
+        backend = _resolved[name, device] = _resolve(name, torch.device(device))
     return backend
 
 

@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(params=["cuda", "triton"])
 def backend(request):
     try:
-        return ops.resolve_backend(request.param, torch.device("cuda"))
+        return ops.resolve_backend(torch.device("cuda"), request.param)
     except errors.BackendError as error:
         if request.param == "cuda":
             raise
@@ -99,7 +99,7 @@ def test_equals_reference_for_fine_experts(backend, num_experts, dtype):
 
 def test_more_long_rows_than_blocks_that_sort_in_global_memory():
     logits = normal(600, 5000, 1.0)
-    assert_equal_to_reference(ops.resolve_backend("cuda", torch.device("cuda")), logits, 0.99)
+    assert_equal_to_reference(ops.resolve_backend(torch.device("cuda"), "cuda"), logits, 0.99)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 64, 65, 70000])
@@ -237,7 +237,7 @@ def test_a_bad_argument_is_one_sentence(backend, name):
         ((logits, torch.ones(3, device="cuda")), {}, r"threshold .* \[3\]"),
         ((logits.double(), 0.5), {}, "logits .*float64"),
         ((logits, 0.5), {"min_experts": 5}, "min_experts .* got 5"),
-        ((torch.zeros(1, 65537, device="cuda"), 0.5), {}, "65536 experts, got 65537"),
+        ((torch.zeros(1, 65537, device="cuda"), 0.5), {}, "65536.*65537"),
     ]
     for args, limits, message in bad:
         with pytest.raises(RuntimeError, match=message):

@@ -12,7 +12,7 @@ PROGRAM = """
 import torch
 from prunepath import ops
 
-backend = ops.resolve_backend("triton", torch.device("cpu"))
+backend = ops.resolve_backend(torch.device("cpu"), "triton")
 x, router_in, router_out = (torch.randn(shape) for shape in ((3, 32), (4, 32), (16, 4)))
 gate, up, down_t, up_bias = torch.randn(64, 32), torch.randn(64, 32), torch.randn(64, 32), torch.randn(64)
 limits = dict(min_experts=2, max_experts=8)
