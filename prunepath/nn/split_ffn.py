@@ -47,7 +47,7 @@ class SplitFFN(SparseFFN):
         return self._inputs.pop(threading.get_ident())
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_inputs": {}}
+        return {**self.__dict__, "_inputs": {}}
 
 
 class _Part(PlainLinear):
