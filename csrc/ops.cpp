@@ -1,8 +1,8 @@
 // The schemas of every operator: torch.ops.prunepath.*. Kernels register against them in csrc/cpu
 // and csrc/cuda, fakes in prunepath/ops/fakes.py; prunepath/ops/__init__.py documents them.
 //
-// T tokens, H hidden size, D intermediate size, E experts of n = D / E neurons, r the router's rank,
-// K = max_experts or E.
+// T tokens, H hidden size, D intermediate size, E experts of n = D / E neurons, r the router's
+// rank, K = max_experts or E.
 
 #include <torch/csrc/stable/library.h>
 
@@ -24,7 +24,8 @@ STABLE_TORCH_LIBRARY(prunepath, m) {
       "select.tensor(Tensor logits, Tensor threshold, *, int min_experts=1, int max_experts=0) "
       "-> (Tensor mask, Tensor counts)");
 
-  // gate, up [D, H], down [H, D], order int64 [D] -> (gate, up, down_t) or (up, down_t), each [D, H].
+  // gate, up [D, H], down [H, D], order int64 [D] -> (gate, up, down_t) or (up, down_t), each [D,
+  // H].
   m.def("pack_experts(Tensor? gate, Tensor up, Tensor down, Tensor? order=None) -> Tensor[]");
 
   // x [T, H], gate, up, down_t [D, H], gate_bias, up_bias [D], down_bias [H] -> y [T, H].

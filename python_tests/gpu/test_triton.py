@@ -7,10 +7,11 @@ import torch
 
 pytest.importorskip("triton", reason="needs the package triton")
 
-from prunepath.ops import reference
 from prunepath.triton_kernels.route import route, select
 from prunepath.triton_kernels.routed_ffn import routed_ffn
 from prunepath.triton_kernels.sparse_ffn import sparse_ffn
+
+from prunepath.ops import reference
 
 pytestmark = pytest.mark.gpu
 

@@ -9,10 +9,9 @@ import torch
 
 triton = pytest.importorskip("triton", reason="needs the package triton")
 
+from prunepath.triton_kernels import ffn, route, routed_ffn, sparse_ffn  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-
-from prunepath.triton_kernels import ffn, route, routed_ffn, sparse_ffn  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 interprets kernels instead of compiling"
