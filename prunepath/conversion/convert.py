@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import signal
 import threading
@@ -100,7 +101,9 @@ def convert(
         with converting(dense, config):
             calibration = calibration_sample(dense, data.calibration)
             total = calibration.cost + _ROUTER_COST * data.router_tokens + _GROUPING_COST * data.grouping_tokens
-            with tqdm(total=round(total), unit=" tokens", disable=not progress, desc="Converting") as bar:
+            with tqdm(
+                total=math.ceil(total), unit=" tokens", unit_scale=True, disable=not progress, desc="Converting"
+            ) as bar:
                 _learn_routers(dense, ffns, data, config, conversion, kept, resumed, bar)
                 result = fit_budgets(list(ffns.values()), calibration, bar.update)
             paths = [path_in_backbone(dense, path) for path in ffns]
@@ -173,7 +176,9 @@ def calibrate(model: nn.Module, tokenizer: Any | None, texts: Iterable, *, progr
     sample = calibration_sample(sparse, batches)
     before = get_thresholds(model)
     try:
-        bar = tqdm(total=round(sample.cost), unit=" tokens", disable=not progress, desc="Calibrating")
+        bar = tqdm(
+            total=math.ceil(sample.cost), unit=" tokens", unit_scale=True, disable=not progress, desc="Calibrating"
+        )
         with converting(sparse, config), bar:
             result = fit_budgets(list(sparse_ffns(sparse).values()), sample, bar.update)
         description.budgets, description.calibration = result.table, result.to_dict()
