@@ -54,6 +54,7 @@ import prunepath
 from prunepath import native
 from prunepath.checkpoint.description import SparseDescription, describe, install, path_in_backbone
 from prunepath.conversion.streaming import return_freed_memory
+from prunepath.eval.decode import with_cache
 from prunepath.eval.files import write_json
 from prunepath.nn.observers import CountRecord, observing_counts, observing_inputs
 from prunepath.ops import reference
@@ -247,9 +248,9 @@ class Worker:
         ffns = list(prunepath.sparse_ffns(self.model).values())
         calls = {ffn: [] for ffn in ffns}
         with observing_counts(ffns, lambda ffn, counts: calls[ffn].append(counts)), torch.inference_mode():
-            cache = None
+            cached = with_cache(self.model)
             for part in (self.prompt, *self.script[:-1].view(-1, 1, 1)):
-                cache = self.model(input_ids=part, past_key_values=cache, use_cache=True).past_key_values
+                self.model(input_ids=part, **cached)
         counts = {ffn: torch.cat(parts)[self.prompt.shape[1] :] for ffn, parts in calls.items()}
         record = CountRecord(ffns)
         for ffn in ffns:

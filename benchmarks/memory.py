@@ -44,6 +44,7 @@ from prunepath.checkpoint.packing import pack
 from prunepath.checkpoint.tensor_file import NewTensor, write_tensor_file
 from prunepath.demo.corpus import stdlib_texts
 from prunepath.demo.run import model_folder
+from prunepath.eval.decode import with_cache
 from prunepath.eval.files import write_json
 from prunepath.eval.memory import process_memory, report_memory
 from prunepath.eval.perplexity import evaluate
@@ -120,11 +121,10 @@ def _work(pipe: Connection, spec: dict) -> None:
 
 def decode(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """The logits of each token [T, V], read one by one with a KV cache."""
-    logits, kept = [], None
+    logits, cached = [], with_cache(model)
     with torch.inference_mode():
         for at in range(ids.shape[1]):
-            output = model(input_ids=ids[:, at : at + 1], past_key_values=kept, use_cache=True)
-            kept = output.past_key_values
+            output = model(input_ids=ids[:, at : at + 1], **cached)
             logits.append(output.logits[0, -1].float().cpu())
     return torch.stack(logits)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import statistics
 import time
 
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 import prunepath
 from prunepath.errors import PrunePathError
@@ -26,6 +27,17 @@ class DecodeSpeed:
     repeats: int
 
 
+def with_cache(model, cache=None) -> dict:
+    """Arguments that give a causal language model its KV cache, a new and growing one by default.
+
+    transformers named the argument `past_key_values`, and `cache` later.
+    """
+    if cache is None:
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache, "use_cache": True}
+
+
 def greedy(model, input_ids: torch.Tensor, new_tokens: int, *, follow: torch.Tensor | None = None):
     """Decodes greedily with a KV cache.
 
@@ -40,8 +52,9 @@ def greedy(model, input_ids: torch.Tensor, new_tokens: int, *, follow: torch.Ten
         step).
     """
     chosen, logits = [], []
+    cached = with_cache(model)
     with torch.inference_mode():
-        output = model(input_ids=input_ids, use_cache=True)
+        output = model(input_ids=input_ids, **cached)
         _wait(input_ids.device)
         start = time.perf_counter()
         for step in range(new_tokens):
@@ -50,7 +63,7 @@ def greedy(model, input_ids: torch.Tensor, new_tokens: int, *, follow: torch.Ten
             chosen.append(last.argmax(-1))
             if step + 1 < new_tokens:
                 token = chosen[-1] if follow is None else follow[step : step + 1]
-                output = model(input_ids=token.view(1, 1), past_key_values=output.past_key_values, use_cache=True)
+                output = model(input_ids=token.view(1, 1), **cached)
         _wait(input_ids.device)
         seconds = time.perf_counter() - start
     return torch.cat(chosen), torch.stack(logits).float(), seconds
@@ -79,6 +92,7 @@ class DecodeLoop:
         self._model = model
         self._forward = torch.compile(model.forward, fullgraph=True, dynamic=False) if compiled else model.forward
         self._cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=max_length)
+        self._cached = with_cache(model, self._cache)
         self._tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)
         self._length = 0  # of the sequences, with the tokens that the next step reads
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -96,7 +110,7 @@ class DecodeLoop:
                 f"Expected input_ids of shape [{expected[0]}, {expected[1]}], got {list(input_ids.shape)}."
             )
         self._cache.reset()
-        output = self._model(input_ids=input_ids, past_key_values=self._cache, use_cache=True)
+        output = self._model(input_ids=input_ids, **self._cached)
         self.logits = output.logits[:, -1]
         self._tokens.copy_(self.logits.argmax(-1, keepdim=True))
         self._length = input_ids.shape[1] + 1
@@ -131,7 +145,7 @@ class DecodeLoop:
         return torch.cat(chosen, 1)
 
     def _step(self) -> None:
-        output = self._forward(input_ids=self._tokens, past_key_values=self._cache, use_cache=True)
+        output = self._forward(input_ids=self._tokens, **self._cached)
         self.logits = output.logits[:, -1]
         self._tokens.copy_(self.logits.argmax(-1, keepdim=True))
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ph
 
 import prunepath
 from prunepath.checkpoint.packing import pack
+from prunepath.eval.decode import with_cache
 from prunepath.memory.offload import offload_experts
 
 pytestmark = pytest.mark.gpu
@@ -55,10 +56,9 @@ def text(length):
 
 
 def decode(model, ids):
-    cache, logits = None, []
+    cached, logits = with_cache(model), []
     for token in ids[0]:
-        output = model(token[None, None], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(token[None, None], **cached)
         logits.append(output.logits[0, -1])
     return torch.stack(logits)
 
