@@ -27,6 +27,6 @@ def interrupt(number, frame) -> None:
         frame = frame.f_back
     if frame is None:
         raise KeyboardInterrupt
-    again = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, number))
+    again = threading.Timer(0.005, signal.pthread_kill, (threading.main_thread().ident, number))
     again.daemon = True
     again.start()

@@ -219,6 +219,7 @@ def test_an_interrupt_while_saving_leaves_a_state_to_go_on_from(
 
 def test_an_interrupt_at_any_moment_of_the_start_is_one_line(tmp_path):
     command = [sys.executable, "-c", "from prunepath.cli import main; print(flush=True); main()"]
+    interrupted = 0
     # Most of these come while torch is imported, and some of them while its C++ imports.
     for delay in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0):
         process = subprocess.Popen([*command, "info"], cwd=tmp_path, stdout=-1, stderr=-1, text=True)
@@ -226,9 +227,9 @@ def test_an_interrupt_at_any_moment_of_the_start_is_one_line(tmp_path):
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate()
-        if output:
-            break  # it was done before
-        assert process.returncode == 130, errors
-        assert errors.splitlines()[-1:] == ["Interrupted."]
         assert "Traceback" not in errors
-    assert delay > 0.05, "the first interrupt came too late to be seen"
+        if not output:  # else it was done before
+            interrupted += 1
+            assert process.returncode == 130, errors
+            assert errors.splitlines()[-1:] == ["Interrupted."]
+    assert interrupted
