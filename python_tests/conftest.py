@@ -2,12 +2,16 @@
 
 import importlib.util
 import os
+import signal
 
 # OpenMP's threads spin while they wait, which starves the other workers' threads. Read when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+
+# A shell starts jobs in the background with interrupts ignored, and their processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # xdist runs one worker a core. Two threads each still exercise the parallel code.
 torch.set_num_threads(min(2, os.cpu_count() or 1))
