@@ -11,7 +11,7 @@ from prunepath.checkpoint.description import describe, description_of, unwrapped
 from prunepath.errors import PrunePathError
 from prunepath.nn.model import require_sparse_ffns
 from prunepath.nn.observers import CountRecord, counting, padding_masks
-from prunepath.nn.thresholds import check_fraction, interpolate_thresholds
+from prunepath.nn.thresholds import check_each, check_fraction, interpolate_thresholds, is_list
 
 
 def get_thresholds(model: nn.Module) -> list[float]:
@@ -27,7 +27,7 @@ def set_threshold(model: nn.Module, threshold: float | Sequence[float]) -> None:
         threshold: τ in (0, 1] for every FFN, or one for each. 1.0 is exactly dense.
     """
     ffns = require_sparse_ffns(model)
-    if isinstance(threshold, Sequence) and not isinstance(threshold, str):
+    if is_list(threshold):
         values = [check_fraction("threshold", value) for value in threshold]
         if len(values) != len(ffns):
             raise PrunePathError(f"Expected one threshold for each of the {len(ffns)} FFNs, got {len(values)}.")
@@ -59,7 +59,11 @@ def set_request_budgets(model: nn.Module, budgets: Sequence[float] | None) -> No
 
     Args:
         model: as for `set_threshold`.
-        budgets: B budgets as of `set_budget`, for calls of B sequences alone; None returns to one budget for all.
+        budgets: B budgets as of `set_budget`, for calls of B sequences alone, or of as many beams of each; None returns
+            to one budget for all.
+
+    Raises:
+        PrunePathError: for no budgets, or one outside (0, 1]. A call of another number of sequences raises it too.
     """
     ffns = list(require_sparse_ffns(model).values())
     if budgets is None:
@@ -67,9 +71,7 @@ def set_request_budgets(model: nn.Module, budgets: Sequence[float] | None) -> No
             ffn.set_request_thresholds(None)
         return
     table = description_of(model).budgets
-    columns = [budget_thresholds(table, budget, len(ffns)) for budget in budgets]
-    if not columns:
-        raise PrunePathError("Expected a budget for each sequence of a batch, got none.")
+    columns = [budget_thresholds(table, budget, len(ffns)) for budget in check_each("budget", budgets)]
     for ffn, values in zip(ffns, zip(*columns, strict=True), strict=True):
         ffn.set_request_thresholds(values)
 

@@ -69,7 +69,7 @@ class SparseDescription:
                 ffns=[str(path) for path in data["ffns"]],
                 thresholds=[check_fraction("threshold", t) for t in data["thresholds"]],
                 budgets={
-                    check_fraction("budget", b): [check_fraction("threshold", t) for t in values]
+                    check_fraction("budget", float(b)): [check_fraction("threshold", t) for t in values]
                     for b, values in data["budgets"].items()
                 },
                 calibration=dict(data["calibration"]),

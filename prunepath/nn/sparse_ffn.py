@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from prunepath import ops
+from prunepath.errors import PrunePathError
 from prunepath.nn.layout import FFNLayout, is_plain, lay_out
 from prunepath.nn.router import Router
-from prunepath.nn.thresholds import check_fraction
+from prunepath.nn.thresholds import check_each, check_fraction
 from prunepath.ops.reference import ACTIVATIONS
 
 KERNEL_TOKENS = 64
@@ -97,6 +98,8 @@ class SparseFFN(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """FFN output of `hidden_states` [..., H], same shape; its dtype is the down projection's."""
         x = hidden_states.reshape(-1, self.hidden_size)
+        if self._has_request_thresholds and hidden_states.dim() > 2:
+            self._check_requests(hidden_states.shape[0])
         for hook in tuple(self._input_hooks.values()):
             hook(self, x)
         if self.is_served_by_kernels(x):
@@ -294,8 +297,7 @@ class SparseFFN(nn.Module):
         if values is None:
             self.threshold = self._threshold_value
             return
-        values = [check_fraction("threshold", value) for value in values]
-        new = torch.tensor(values, dtype=torch.float32, device=self._threshold.device)
+        new = torch.tensor(check_each("threshold", values), dtype=torch.float32, device=self._threshold.device)
         if self._request_thresholds is not None and self._request_thresholds.shape == new.shape:
             self._request_thresholds.copy_(new)
         else:
@@ -307,9 +309,18 @@ class SparseFFN(nn.Module):
         if not self._has_request_thresholds:
             return self._buffers["_threshold"]
         thresholds = self._buffers["_request_thresholds"]
-        if len(thresholds) < num_tokens:
-            return thresholds.repeat_interleave(num_tokens // len(thresholds), output_size=num_tokens)
-        return thresholds
+        if len(thresholds) == num_tokens:
+            return thresholds
+        self._check_requests(num_tokens)
+        return thresholds.repeat_interleave(num_tokens // len(thresholds), output_size=num_tokens)
+
+    def _check_requests(self, size: int) -> None:
+        requests = len(self._buffers["_request_thresholds"])
+        if size % requests:
+            raise PrunePathError(
+                f"Expected a batch of the {requests} sequences that were given budgets or thresholds of their own, got "
+                f"{size}: give each of this batch one, or set one for all."
+            )
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
