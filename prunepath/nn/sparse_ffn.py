@@ -106,8 +106,10 @@ class SparseFFN(nn.Module):
             y, counts = self.run_kernels(x) if self.executor is None else self.executor(self, x)
             self._report_counts(counts)
         else:
-            hidden = self.hidden(x)
-            y = self.project(self.skip(hidden, self.active(x, hidden)))
+            # Projections see the input's own shape: peft, mixing adapters, goes by its sequences.
+            hidden = self.hidden(hidden_states)
+            flat = hidden.reshape(-1, self.intermediate_size)
+            y = self.project(self.skip(flat, self.active(x, flat)).reshape(hidden.shape))
         if self.layout.output_dropout is not None:
             y = self.get_submodule(self.layout.output_dropout)(y)
         return y.view_as(hidden_states)
@@ -146,7 +148,7 @@ class SparseFFN(nn.Module):
         return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y, counts
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
-        """Neuron activations h [T, D] of x [T, H]."""
+        """Neuron activations h [..., D] of x [..., H]."""
         layout = self.layout
         act = ACTIVATIONS[layout.activation]
         up = self._call(layout.up, x)
@@ -163,7 +165,7 @@ class SparseFFN(nn.Module):
         return (experts * active.unsqueeze(-1)).flatten(-2)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The output [T, H] of masked activations [T, D], with the FFN's own dropout before the projection."""
+        """The output [..., H] of masked activations [..., D], with the FFN's own dropout before the projection."""
         if self.layout.dropout is not None:
             hidden = self.get_submodule(self.layout.dropout)(hidden)
         projection = self.projection(self.layout.down)
