@@ -268,16 +268,15 @@ class SparseFFN(nn.Module):
         return self._threshold_value
 
     @threshold.setter
+    @torch.inference_mode(False)
     def threshold(self, value: float) -> None:
         self._threshold_value = check_fraction("threshold", value)
         self._has_request_thresholds = False
         device = self._threshold.device if self.router.w_out.is_meta else self.router.w_out.device
-        if self._threshold.device != device:
-            self._threshold = torch.empty((), dtype=torch.float32, device=device)
-        # In place: captured CUDA graphs and compiled models read these tensors.
-        self._threshold.fill_(self._threshold_value)
-        if self._request_thresholds is not None:
-            self._request_thresholds.fill_(self._threshold_value)
+        self._write("_threshold", torch.full((), self._threshold_value, dtype=torch.float32, device=device))
+        requests = self._request_thresholds
+        if requests is not None:
+            self._write("_request_thresholds", torch.full_like(requests, self._threshold_value))
 
     def try_threshold(self, value: torch.Tensor) -> None:
         """Runs at the threshold `value`, float32 [] on this module's device, which the host does not wait for.
@@ -286,6 +285,7 @@ class SparseFFN(nn.Module):
         """
         self._threshold.copy_(value)
 
+    @torch.inference_mode(False)
     def set_request_thresholds(self, values: Sequence[float] | None) -> None:
         """Gives each sequence of a batch its own threshold, until `threshold` is set.
 
@@ -300,11 +300,20 @@ class SparseFFN(nn.Module):
             self.threshold = self._threshold_value
             return
         new = torch.tensor(check_each("threshold", values), dtype=torch.float32, device=self._threshold.device)
-        if self._request_thresholds is not None and self._request_thresholds.shape == new.shape:
-            self._request_thresholds.copy_(new)
-        else:
-            self._request_thresholds = new
+        self._write("_request_thresholds", new)
         self._has_request_thresholds = True
+
+    def _write(self, name: str, values: torch.Tensor) -> None:
+        """Gives a buffer new values: in place if it can be, since captured CUDA graphs and compiled models read it.
+
+        A tensor that was copied or moved inside torch.inference_mode() could not be written outside of it.
+        """
+        written = self._buffers[name]
+        like = [(t.shape, t.dtype, t.device, t.is_inference()) for t in (written, values) if t is not None]
+        if like == like[:1] * 2:
+            written.copy_(values)
+        else:
+            self._buffers[name] = values
 
     def _thresholds(self, num_tokens: int) -> torch.Tensor:
         """The threshold of T tokens, [] or [T]."""
@@ -327,7 +336,6 @@ class SparseFFN(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         if self._threshold.dtype != torch.float32:  # whatever the model was cast to
-            self._threshold = torch.empty((), dtype=torch.float32, device=self._threshold.device)
             self._request_thresholds = None
         self.threshold = self._threshold_value
         self.executor = None
