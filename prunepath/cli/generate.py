@@ -60,7 +60,7 @@ def generate(
             prunepath.set_budget(loaded, budget)
         if threshold is not None:
             prunepath.set_threshold(loaded, threshold)
-        inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+        inputs = tokenizer(prompt, return_tensors="pt", return_attention_mask=True).to(loaded.device)
         length = inputs["input_ids"].shape[1]
         if length == 0:
             raise PrunePathError("Expected a prompt of at least one token, got an empty one.")
