@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from prunepath import native
-from prunepath.errors import BackendError
+from prunepath.errors import BackendError, NativeLibraryError
 from prunepath.ops import fakes, reference
 
 NAMES = ("triton", "cuda", "cpu", "reference")
@@ -81,10 +82,20 @@ def resolve_backend(device: torch.device, name: str | None = None) -> Backend:
         NativeLibraryError: it is `auto` or `cpu`, and the compiled library did not load.
     """
     name = name or _chosen
+    if torch.compiler.is_compiling():
+        _remember(name, device)
     backend = _resolved.get((name, device))
     if backend is None:
         backend = _resolved[name, device] = _resolve(name, torch.device(device))
     return backend
+
+
+@torch.compiler.assume_constant_result
+def _remember(name: str, device: torch.device) -> None:
+    """Remembers a backend before a trace reads what is remembered: else the next call would be compiled anew."""
+    if (name, device) not in _resolved:
+        with contextlib.suppress(BackendError, NativeLibraryError):  # which the trace meets itself
+            _resolved[name, device] = _resolve(name, device)
 
 
 def _resolve(name: str, device: torch.device) -> Backend:
