@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -12,6 +13,9 @@ from prunepath.errors import PrunePathError
 from prunepath.nn.model import require_sparse_ffns
 from prunepath.nn.observers import CountRecord, counting, padding_masks
 from prunepath.nn.thresholds import check_each, check_fraction, interpolate_thresholds, is_list
+
+# Held while all FFNs' knobs turn, so that threads that turn them at once leave a model at one of their settings.
+_turning = threading.Lock()
 
 
 def get_thresholds(model: nn.Module) -> list[float]:
@@ -33,11 +37,12 @@ def set_threshold(model: nn.Module, threshold: float | Sequence[float]) -> None:
             raise PrunePathError(f"Expected one threshold for each of the {len(ffns)} FFNs, got {len(values)}.")
     else:
         values = [check_fraction("threshold", threshold)] * len(ffns)
-    for ffn, value in zip(ffns.values(), values, strict=True):
-        ffn.threshold = value
-    description = description_of(model)
-    description.thresholds = values
-    describe(model, description)
+    with _turning:
+        for ffn, value in zip(ffns.values(), values, strict=True):
+            ffn.threshold = value
+        description = description_of(model)
+        description.thresholds = values
+        describe(model, description)
 
 
 def set_budget(model: nn.Module, budget: float) -> None:
@@ -67,13 +72,15 @@ def set_request_budgets(model: nn.Module, budgets: Sequence[float] | None) -> No
     """
     ffns = list(require_sparse_ffns(model).values())
     if budgets is None:
-        for ffn in ffns:
-            ffn.set_request_thresholds(None)
+        with _turning:
+            for ffn in ffns:
+                ffn.set_request_thresholds(None)
         return
     table = description_of(model).budgets
     columns = [budget_thresholds(table, budget, len(ffns)) for budget in check_each("budget", budgets)]
-    for ffn, values in zip(ffns, zip(*columns, strict=True), strict=True):
-        ffn.set_request_thresholds(values)
+    with _turning:
+        for ffn, values in zip(ffns, zip(*columns, strict=True), strict=True):
+            ffn.set_request_thresholds(values)
 
 
 def budget_thresholds(table: dict[float, list[float]], budget: float, num_ffns: int) -> list[float]:
