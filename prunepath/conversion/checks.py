@@ -34,7 +34,7 @@ def check_convertible(model: nn.Module, config: PrunePathConfig) -> list[FFNSite
     Raises:
         PrunePathError: for a model that is sparse or quantised, whose weights are not in memory or of a dtype that no
             kernel reads, that has adapters on its FFNs or no FFN that is known, or whose FFNs the experts do not
-            divide.
+            divide or, having several neurons, cannot reorder.
     """
     if is_sparse(model):
         raise PrunePathError("Expected a dense model, got one that prunepath has converted already.")
@@ -44,7 +44,7 @@ def check_convertible(model: nn.Module, config: PrunePathConfig) -> list[FFNSite
         )
     sites = find_ffns(model)
     for site in sites:
-        config.experts_of(site.intermediate_size)
+        is_grouped = config.experts_of(site.intermediate_size) < site.intermediate_size
         for name in site.layout.projections:
             projection = site.parent._modules[site.name].get_submodule(name)
             where = f"{site.path}.{name}"
@@ -53,6 +53,13 @@ def check_convertible(model: nn.Module, config: PrunePathConfig) -> list[FFNSite
                     f"Expected FFNs without adapters, got a {type(projection).__name__} at {where}: call "
                     "merge_and_unload() on the model first."
                 )
+            for part in ("weight", "bias"):
+                if is_grouped and getattr(projection, part, None) is not None and part not in projection._parameters:
+                    raise PrunePathError(
+                        f"Expected FFN weights whose neurons can be reordered, but {where}.{part} is computed by a "
+                        "parametrization: remove it first (torch.nn.utils.parametrize.remove_parametrizations), or use "
+                        "experts of one neuron."
+                    )
             if projection.weight.dtype not in DTYPES:
                 raise PrunePathError(
                     f"Expected FFN weights of float32, bfloat16 or float16, got {projection.weight.dtype} at {where}: "
