@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from prunepath import ops
@@ -96,7 +97,15 @@ class SparseFFN(nn.Module):
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """FFN output of `hidden_states` [..., H], same shape; its dtype is the down projection's."""
+        """FFN output of `hidden_states` [..., H], same shape; its dtype is the down projection's.
+
+        Raises:
+            PrunePathError: for inputs of another width, or a batch that requests with their own thresholds do not fit.
+        """
+        if hidden_states.shape[-1:] != (self.hidden_size,):
+            raise PrunePathError(
+                f"Expected hidden states of shape [..., {self.hidden_size}], got {list(hidden_states.shape)}."
+            )
         x = hidden_states.reshape(-1, self.hidden_size)
         if self._has_request_thresholds and hidden_states.dim() > 2:
             self._check_requests(hidden_states.shape[0])
@@ -118,6 +127,8 @@ class SparseFFN(nn.Module):
         """Whether x [T, H] is served by `run_kernels` or `executor`, which read the active experts alone."""
         if torch.is_grad_enabled() or self.selector is not None or (self.layout.dropout and self.training):
             return False
+        if forward_ad._current_level >= 0:
+            return False  # forward-mode derivatives (torch.func.jvp), for which gradients need not be enabled
         if torch.compiler.is_exporting():
             return False  # programs of any length, in torch's own operators
         return (self.executor is not None or x.shape[0] <= KERNEL_TOKENS) and self.has_row_tables()
