@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,10 +38,18 @@ def sample_batches(
         seed: of the sample and the masking.
 
     Raises:
-        PrunePathError: for too little data, batches without token ids, or ids that the model does not know.
+        PrunePathError: for data of another kind or too little of it, batches without token ids, or ids that the model
+            does not know.
     """
+    if not isinstance(texts, Iterable):
+        raise PrunePathError(f"Expected texts, or batches, to convert or calibrate with, got {type(texts).__name__}.")
+    if tokenizer is not None and not callable(tokenizer):
+        raise PrunePathError(
+            "Expected a tokenizer of transformers, or None for texts that are token ids, got "
+            f"{type(tokenizer).__name__}."
+        )
     first, texts = _peek(texts)
-    if isinstance(first, dict):
+    if isinstance(first, Mapping):
         return _checked(model, [_complete(model, batch) for batch in _sample_ready(texts, num_tokens, seed)])
     windows = sample_windows(texts, tokenizer, sequence_length, num_tokens, seed)
     rows = max(1, min(_FORWARD_TOKENS // windows.shape[1], len(windows) // 8))  # several batches of little data too
@@ -124,8 +132,7 @@ def _peek(texts: Iterable) -> tuple[Any, Iterable]:
 def _sample_ready(batches: Iterable[Batch], num_tokens: int, seed: int) -> list[Batch]:
     read, kept = 0, []
     for batch in batches:
-        if not isinstance(batch, dict) or not isinstance(batch.get("input_ids"), torch.Tensor):
-            raise PrunePathError("Expected batches to be dicts with a tensor input_ids, as a data collator makes them.")
+        _check_batch(batch)
         kept.append(dict(batch))
         read += count_tokens(batch)
         if read >= READ_AHEAD * num_tokens:
@@ -137,6 +144,31 @@ def _sample_ready(batches: Iterable[Batch], num_tokens: int, seed: int) -> list[
     random.Random(seed).shuffle(kept)
     sizes = itertools.accumulate(map(count_tokens, kept))
     return kept[: max(2, 1 + sum(size < num_tokens for size in sizes))]
+
+
+def _check_batch(batch: Any) -> None:
+    """Raises PrunePathError unless `batch` is a dict of tensors with input_ids [B, S]."""
+    if not isinstance(batch, Mapping):
+        raise PrunePathError(f"Expected batches to be dicts like the first, got {type(batch).__name__}.")
+    texts = [name for name, value in batch.items() if isinstance(value, str)]
+    if texts and "input_ids" not in batch:
+        raise PrunePathError(
+            f"Expected texts to be strings, got rows with the text under {texts[0]!r}: give (row[{texts[0]!r}] for row "
+            "in rows)."
+        )
+    for name in ("input_ids", *batch):
+        if not isinstance(batch.get(name), torch.Tensor):
+            kind = type(batch[name]).__name__ if name in batch else "none"
+            raise PrunePathError(
+                f"Expected batches to be dicts of tensors with a tensor input_ids, as a data collator makes them, got "
+                f"{kind} as {name}."
+            )
+    ids = batch["input_ids"]
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise PrunePathError(
+            f"Expected batches with whole numbers of shape [B, S] as input_ids, got {ids.dtype} of shape "
+            f"{list(ids.shape)}."
+        )
 
 
 def _from_windows(model: nn.Module, tokenizer: Any | None, windows: torch.Tensor, generator: torch.Generator) -> Batch:
