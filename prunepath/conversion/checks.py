@@ -32,9 +32,9 @@ def check_convertible(model: nn.Module, config: PrunePathConfig) -> list[FFNSite
     """The FFNs of a dense model that `config` can make sparse.
 
     Raises:
-        PrunePathError: for a model that is sparse or quantised, whose weights are not in memory or of a dtype that no
-            kernel reads, that has adapters on its FFNs or no FFN that is known, or whose FFNs the experts do not
-            divide or, having several neurons, cannot reorder.
+        PrunePathError: for a model that is sparse or quantised, whose weights are not in memory, not finite or of a
+            dtype that no kernel reads, that has adapters on its FFNs or no FFN that is known, or whose FFNs the experts
+            do not divide or, having several neurons, cannot reorder.
     """
     if is_sparse(model):
         raise PrunePathError("Expected a dense model, got one that prunepath has converted already.")
@@ -47,7 +47,7 @@ def check_convertible(model: nn.Module, config: PrunePathConfig) -> list[FFNSite
         is_grouped = config.experts_of(site.intermediate_size) < site.intermediate_size
         for name in site.layout.projections:
             projection = site.parent._modules[site.name].get_submodule(name)
-            where = f"{site.path}.{name}"
+            where = _path(site, name)
             if hasattr(projection, "base_layer"):
                 raise PrunePathError(
                     f"Expected FFNs without adapters, got a {type(projection).__name__} at {where}: call "
@@ -76,7 +76,24 @@ def check_convertible(model: nn.Module, config: PrunePathConfig) -> list[FFNSite
                 f"Expected weights made outside torch.inference_mode(), but {name} was made inside: load the model "
                 "outside of it."
             )
+    for site in sites:
+        for name in site.layout.projections:
+            projection = site.parent._modules[site.name].get_submodule(name)
+            for part in ("weight", "bias"):
+                check_finite(f"{_path(site, name)}.{part}", getattr(projection, part, None))
     return sites
+
+
+def _path(site: FFNSite, projection: str) -> str:
+    """Where a projection is in the dense model."""
+    owner = site.path if site.adapter.split_by is None else site.path.removesuffix(".mlp")
+    return f"{owner}.{projection}"
+
+
+def check_finite(name: str, weight: torch.Tensor | None) -> None:
+    """Raises PrunePathError if a weight of an FFN holds a NaN or an infinity, which would spread through training."""
+    if weight is not None and not torch.stack(weight.detach().aminmax()).isfinite().all():
+        raise PrunePathError(f"Expected FFN weights that are finite numbers, but {name} has NaN or infinite ones.")
 
 
 def quantization_of(model: nn.Module) -> str | None:

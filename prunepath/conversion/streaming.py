@@ -25,7 +25,7 @@ from prunepath.checkpoint.loading import INDEX, open_shards, read_model_config
 from prunepath.checkpoint.tensor_file import NewTensor, TensorFile, write_tensor_file
 from prunepath.config import PrunePathConfig
 from prunepath.conversion.batches import Batch, backbone_inputs
-from prunepath.conversion.checks import DTYPES
+from prunepath.conversion.checks import DTYPES, check_finite
 from prunepath.conversion.convert import ConversionData, config_in_force, train_routers
 from prunepath.conversion.experts import ExpertGrouping, reorder_neurons
 from prunepath.errors import CheckpointError, PrunePathError
@@ -184,6 +184,7 @@ class _Stream:
         """Gives a layer weights: of the dense checkpoint with empty routers, or those that were written before."""
         layer, ffn = self.layers[index], list(self.ffns.values())[index]
         added = {id(parameter) for parameter in ffn.router.parameters()}
+        read = {id(p) for name in ffn.layout.projections for p in ffn.projection(name).parameters()}
         for name, parameter in list(layer.named_parameters()):
             full = f"{self.prefix}.{index}.{name}"
             owner, _, leaf = name.rpartition(".")
@@ -193,6 +194,8 @@ class _Stream:
                 tensor = torch.zeros(parameter.shape, dtype=self.dtype)
             else:
                 tensor = self._tensor(full, parameter.shape).clone()
+                if id(parameter) in read:
+                    check_finite(full, tensor)
             layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         ffn.threshold = 1.0
 
