@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +20,7 @@ def info(
     with printing(as_json) as results:
         description = describe_installation() if out is None else describe_checkpoint(out)
         results.json(description)
-        results.fields(description)
+        results.fields(_summary(description))
 
 
 def describe_installation() -> dict:
@@ -103,6 +103,18 @@ def describe_checkpoint(path: str | Path) -> dict:
         "thresholds": sparse.thresholds,
         "budgets": {f"{budget:g}": values for budget, values in sorted(sparse.budgets.items(), reverse=True)},
     }
+
+
+def _summary(value: Any) -> Any:
+    """`value` with the range of its numbers in the place of each list that has one for every FFN."""
+    if isinstance(value, dict):
+        return {name: _summary(entry) for name, entry in value.items()}
+    if isinstance(value, list) and value:
+        if all(isinstance(entry, dict) for entry in value):
+            return {name: _summary([entry[name] for entry in value]) for name in value[0]}
+        if all(isinstance(entry, float) for entry in value):
+            return f"{min(value):.4f} to {max(value):.4f} in {len(value)} FFNs"
+    return value
 
 
 def _version(package: str) -> str | None:

@@ -97,6 +97,11 @@ class Results:
 def _plain(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(_plain(entry) for entry in value)
+    if isinstance(value, dict):
+        inner = {
+            name: f"({_plain(entry)})" if isinstance(entry, dict) else _plain(entry) for name, entry in value.items()
+        }
+        return "; ".join(f"{name} {entry}" for name, entry in inner.items()) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
