@@ -24,7 +24,7 @@ def get_thresholds(model: nn.Module) -> list[float]:
 
 
 def set_threshold(model: nn.Module, threshold: float | Sequence[float]) -> None:
-    """Sets the probability mass that a token's experts must cover.
+    """Sets the probability mass that a token's experts must cover, also in the checkpoint that the model saves.
 
     Args:
         model: a sparse model, also inside DataParallel, DistributedDataParallel or torch.compile.

@@ -275,7 +275,10 @@ class SparseFFN(nn.Module):
 
     @property
     def threshold(self) -> float:
-        """τ, the probability mass that a token's experts cover; 1.0 runs all. Setting it sets it for all requests."""
+        """τ, the probability mass that a token's experts cover; 1.0 runs all. Setting it sets it for all requests.
+
+        It is this module's alone: `save_pretrained` writes what `set_threshold` or `set_budget` set last.
+        """
         return self._threshold_value
 
     @threshold.setter
