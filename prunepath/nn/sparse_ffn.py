@@ -297,7 +297,7 @@ class SparseFFN(nn.Module):
 
         `threshold` does not show it, and ends it when it is set.
         """
-        self._threshold.copy_(value)
+        self._write("_threshold", value)
 
     @torch.inference_mode(False)
     def set_request_thresholds(self, values: Sequence[float] | None) -> None:
@@ -318,14 +318,13 @@ class SparseFFN(nn.Module):
         self._has_request_thresholds = True
 
     def _write(self, name: str, values: torch.Tensor) -> None:
-        """Gives a buffer new values: in place if it can be, since captured CUDA graphs and compiled models read it.
-
-        A tensor that was copied or moved inside torch.inference_mode() could not be written outside of it.
-        """
+        """Gives a buffer new values: in place if it can be, since captured CUDA graphs and compiled models read it."""
         written = self._buffers[name]
-        like = [(t.shape, t.dtype, t.device, t.is_inference()) for t in (written, values) if t is not None]
+        like = [(t.shape, t.dtype, t.device) for t in (written, values) if t is not None]
         if like == like[:1] * 2:
-            written.copy_(values)
+            # A tensor that was copied or moved inside torch.inference_mode() cannot be written outside of it.
+            with torch.inference_mode(written.is_inference()):
+                written.copy_(values)
         else:
             self._buffers[name] = values
 

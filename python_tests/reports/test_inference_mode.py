@@ -88,11 +88,14 @@ def test_a_model_converted_and_calibrated_inside_trains_outside(llama, token_tex
     assert all(p.grad is not None for name, p in llama.named_parameters() if ".router." not in name)
 
 
-def test_calibrating_outside_a_copy_made_inside(make_sparse, token_texts, small_config, llama):
+def test_a_copy_made_inside_is_turned_in_place_outside(token_texts, small_config, llama):
     prunepath.convert(llama, None, token_texts, small_config)
     with torch.inference_mode():
         model = copy.deepcopy(llama)
+    before = [ffn._threshold.data_ptr() for ffn in prunepath.sparse_ffns(model).values()]
+    for ffn in prunepath.sparse_ffns(model).values():
+        ffn.try_threshold(torch.tensor(0.5))
     prunepath.set_budget(model, 0.5)
-    with torch.no_grad():
-        for ffn in prunepath.sparse_ffns(model).values():
-            ffn.try_threshold(torch.tensor(0.5))
+    written = [ffn._threshold.item() for ffn in prunepath.sparse_ffns(model).values()]
+    assert written == pytest.approx(prunepath.get_thresholds(model))
+    assert [ffn._threshold.data_ptr() for ffn in prunepath.sparse_ffns(model).values()] == before, "graphs read these"
