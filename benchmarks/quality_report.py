@@ -1,342 +1,155 @@
-"""Writes docs/quality.md, .json, .csv and a plot from the cells of `benchmarks/quality.py`.
+"""Writes the tables, the CSV and the plot of what `benchmarks/quality.py` found.
 
-python benchmarks/quality_report.py quality/cells.json.xz docs
+python benchmarks/quality_report.py DIR
 """
 
 from __future__ import annotations
 
+import collections
 import csv
-import io
 import json
-import lzma
 import math
 import sys
 from pathlib import Path
+from statistics import mean
 
-import numpy as np
-
-OURS = "prunepath"
-BOUNDS = ("oracle-topk", "oracle-topmass", "random")
-TARGETS = {0.5: 0.005, 0.25: 0.02, 0.1: 0.06}
-"""Budget -> relative loss of quality that is aimed at, mean over tasks."""
-TOLERANCE = 0.005
-"""How far an active fraction may be from its budget."""
-_RESAMPLES = 10_000
+BITS = ("wikitext", "dolly", "gsm8k")
+ACCURACIES = ("mr", "subj", "banking77", "piqa", "winogrande", "boolq")
+COLUMNS = ("method", "trained", "seed", "budget", "active", "bytes")
 
 
-def example_scores(result: dict, task: dict) -> tuple[np.ndarray, np.ndarray]:
-    """(score, weight) of each test example: a quality is the sum of scores over the sum of weights."""
-    if task["metric"] == "bits_per_byte":
-        return np.array(result["nll"]) / math.log(2), np.array(task["sizes"], dtype=float)
-    if task["metric"] == "accuracy":
-        scores = np.array(result["correct"], dtype=float)
-    else:
-        scores = np.array(rouge_l(result["predictions"], task["references"]))
-    return scores, np.ones(len(scores))
+def load_rows(out: Path) -> list[dict]:
+    """One row for each result: its method, training, seed, budget, active fraction, bytes read, and each task's value."""
+    rows = []
+    for path in sorted((out / "cells").glob("*.json")):
+        cell = json.loads(path.read_text())
+        for result in cell["results"]:
+            row = {"method": cell["method"], "trained": cell["tokens"], "seed": cell["seed"]}
+            row |= {name: result[name] for name in ("budget", "active", "bytes")}
+            row |= {name: task["value"] for name, task in result["tasks"].items()}
+            if "bleu" in result["tasks"].get("e2e", {}):
+                row["bleu"] = result["tasks"]["e2e"]["bleu"]
+            rows.append(row)
+    return rows
 
 
-def rouge_l(predictions: list[str], references: list[str]) -> list[float]:
-    """ROUGE-L F1 of each pair, by the rouge-score package."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise SystemExit("expected the package rouge-score for summaries: pip install '.[bench]'.") from error
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return [scorer.score(r, p)["rougeL"].fmeasure for r, p in zip(references, predictions, strict=True)]
+def averaged(rows: list[dict]) -> list[dict]:
+    """Means over seeds, and against dense with the same training: `rise`, `accuracy_lost`, `rouge_lost`."""
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[row["method"], row["trained"], row["budget"]].append(row)
+    means = {}
+    for key, group in groups.items():
+        numbers = [name for name in group[0] if name not in ("method", "seed") and all(name in r for r in group)]
+        means[key] = {"method": key[0], "seeds": len(group), **{name: mean(r[name] for r in group) for name in numbers}}
+    for (_, trained, _), row in means.items():
+        dense = means.get(("dense", trained, 1.0))
+        if dense is None:
+            continue
+        bits = [row[name] / dense[name] - 1.0 for name in BITS if name in row and name in dense]
+        points = [100.0 * (dense[name] - row[name]) for name in ACCURACIES if name in row and name in dense]
+        row["rise"] = 100.0 * mean(bits) if bits else None
+        row["accuracy_lost"] = mean(points) if points else None
+        if "e2e" in row and dense.get("e2e"):
+            row["rouge_lost"] = 100.0 * (1.0 - row["e2e"] / dense["e2e"])
+    return sorted(means.values(), key=lambda r: (r["trained"], -r["budget"], r["bytes"]))
 
 
-class Table:
-    """All results: (task, method, finetuned, budget) -> seed -> result with its `scores` and `weights`."""
+def at_bytes(rows: list[dict], share: float, name: str = "rise") -> float | None:
+    """A method's value where it reads `share` of the dense bytes, between its two nearest budgets; None beyond them.
 
-    def __init__(self, data: dict) -> None:
-        self.data = data
-        self.tasks: dict[str, dict] = {}
-        self.methods: dict[str, bool] = {}
-        self.results: dict[tuple[str, str, bool, float], dict[int, dict]] = {}
-        for cell in data["cells"]:
-            name, method = cell["task"], cell["method"]
-            self.tasks[name] = data["tasks"][name]
-            self.methods[method] = cell["one_checkpoint"]
-            for result in cell["results"]:
-                scores, weights = example_scores(result, self.tasks[name])
-                key = (name, method, result["finetuned"], result["budget"])
-                self.results.setdefault(key, {})[cell["seed"]] = {**result, "scores": scores, "weights": weights}
-
-    @property
-    def baselines(self) -> list[str]:
-        return [m for m in self.methods if m not in (OURS, "dense", *BOUNDS)]
-
-    def seeds(self, *keys: tuple) -> list[int]:
-        """The seeds that all the keys have."""
-        return sorted(set.intersection(*(set(self.results.get(key, ())) for key in keys)))
-
-    def quality(self, key: tuple, seeds: list[int] | None = None) -> float | None:
-        """The mean over seeds; None without any."""
-        found = self.results.get(key, {})
-        values = [_quality(found[seed]) for seed in (found if seeds is None else seeds)]
-        return sum(values) / len(values) if values else None
-
-    def loss(self, key: tuple, seed: int | None = None) -> float | None:
-        """Share of the dense model's quality that is lost, against the dense model with the same extra training.
-
-        Over the seeds that both have, or at one of them.
-        """
-        reference = (key[0], "dense", key[2], 1.0)
-        seeds = [s for s in self.seeds(key, reference) if seed in (None, s)]
-        value, dense = self.quality(key, seeds), self.quality(reference, seeds)
-        if value is None or not dense:
-            return None
-        rise = value / dense - 1.0
-        return rise if self.tasks[key[0]]["metric"] == "bits_per_byte" else -rise
-
-    def mean_loss(self, method: str, finetuned: bool, budget: float, seed: int | None = None) -> float | None:
-        """The mean of `loss` over tasks; None where one is missing."""
-        losses = [self.loss((task, method, finetuned, budget), seed) for task in self.tasks]
-        return None if None in losses else sum(losses) / len(losses)
-
-    def spread(self, method: str, finetuned: bool, budget: float) -> float | None:
-        """The standard deviation over seeds of `mean_loss`; None with fewer than two complete seeds."""
-        seeds = self.seeds(*((task, method, finetuned, budget) for task in self.tasks))
-        values = [self.mean_loss(method, finetuned, budget, seed) for seed in seeds]
-        values = [value for value in values if value is not None]
-        return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-    def best_baseline(self, task: str, finetuned: bool, budget: float, *, one_checkpoint: bool = False) -> str | None:
-        """The baseline that loses least; with `one_checkpoint`, out of those that serve all budgets with one."""
-        baselines = [m for m in self.baselines if self.methods[m] or not one_checkpoint]
-        losses = {m: self.loss((task, m, finetuned, budget)) for m in baselines}
-        losses = {m: value for m, value in losses.items() if value is not None}
-        return min(losses, key=losses.get) if losses else None
-
-    def lead(self, task: str, other: str, finetuned: bool, budget: float) -> tuple[float, float] | None:
-        """95 % interval of the lost share of quality, ours minus the other's, by a paired bootstrap.
-
-        It draws examples and seeds, each with replacement; a seed's partition and data are the same for all methods.
-        """
-        keys = [(task, method, finetuned, budget) for method in (OURS, other)] + [(task, "dense", finetuned, 1.0)]
-        seeds = self.seeds(*keys)
-        if not seeds:
-            return None
-        ours, theirs, dense = (np.stack([self.results[key][seed]["scores"] for seed in seeds]) for key in keys)
-        random = np.random.default_rng(0)
-        # How often each is drawn.
-        examples = random.multinomial(dense.shape[1], np.full(dense.shape[1], 1.0 / dense.shape[1]), _RESAMPLES)
-        drawn = random.multinomial(len(seeds), np.full(len(seeds), 1.0 / len(seeds)), _RESAMPLES)
-        gap, whole = (((examples @ values.T) * drawn).sum(1) for values in (ours - theirs, dense))
-        sign = 1.0 if self.tasks[task]["metric"] == "bits_per_byte" else -1.0
-        low, high = np.quantile(sign * gap / np.maximum(whole, 1e-12), (0.025, 0.975))
-        return float(low), float(high)
-
-    def missed(self) -> list[str]:
-        """Where active fractions are not the budget's: the least and the most of those seeds' fractions."""
-        lines = []
-        for (task, method, tuned, budget), seeds in self.results.items():
-            fractions = [result["active_fraction"] for result in seeds.values()]
-            fractions = sorted(f for f in fractions if abs(f - budget) > TOLERANCE)
-            if fractions:
-                kind = "fine-tuned" if tuned else "not fine-tuned"
-                span = " to ".join(dict.fromkeys(f"{f:.1%}" for f in (fractions[0], fractions[-1])))
-                lines.append(f"{task}, {method}, {kind}, {budget:.0%}: {span} ({len(fractions)} of {len(seeds)} seeds)")
-        return lines
+    A rise is nearly a power of the bytes, so logarithms are interpolated.
+    """
+    points = sorted((row["bytes"], row[name]) for row in rows if row.get(name) is not None)
+    for (b0, v0), (b1, v1) in zip(points, points[1:], strict=False):
+        if b0 <= share <= b1 and b1 > b0:
+            weight = math.log(share / b0) / math.log(b1 / b0)
+            if min(v0, v1) > 0:
+                return math.exp((1 - weight) * math.log(v0) + weight * math.log(v1))
+            return (1 - weight) * v0 + weight * v1
+    return None
 
 
-def _quality(result: dict) -> float:
-    return float(result["scores"].sum() / result["weights"].sum())
+def _table(header: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
 
 
-def verdict(interval: tuple[float, float] | None) -> str:
-    if interval is None:
-        return "–"
-    return "ahead of" if interval[1] < 0 else "behind" if interval[0] > 0 else "level with"
+def _number(value: float | None, form: str = ".1f") -> str:
+    return "–" if value is None else format(value, form)
 
 
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:+.1f} %"
+def write_report(out: Path) -> None:
+    """`quality.csv`, `quality.json`, `quality.md` and `quality.png` in `out`, from its cells."""
+    rows = load_rows(out)
+    if not rows:
+        print("no cells: nothing to report")
+        return
+    names = list(dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)]))
+    with (out / "quality.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(
+            {k: f"{v:.5f}" if isinstance(v, float) and k not in ("budget",) else v for k, v in row.items()} for row in rows
+        )
+    means = averaged(rows)
+    about = json.loads((out / "about.json").read_text()) if (out / "about.json").exists() else {}
+    (out / "quality.json").write_text(json.dumps({"about": about, "results": means}, indent=1))
+    parts = []
+    for trained in sorted({row["trained"] for row in means}):
+        chosen = [row for row in means if row["trained"] == trained]
+        tasks = [n for n in (*BITS, "e2e", "bleu", *ACCURACIES) if any(n in row for row in chosen)]
+        title = f"## After {trained / 1e6:.1f} M tokens of training" if trained else "## Without training"
+        header = ["method", "budget", "active %", "bytes %", "bits per byte +%", "accuracy −points", "ROUGE-L −%", "seeds"]
+        lines = [
+            [
+                row["method"],
+                f"{row['budget']:g}",
+                _number(100 * row["active"]),
+                _number(100 * row["bytes"]),
+                _number(row.get("rise")),
+                _number(row.get("accuracy_lost"), ".2f"),
+                _number(row.get("rouge_lost"), ".2f"),
+                str(row["seeds"]),
+                *(_number(row.get(name), ".4f") for name in tasks),
+            ]
+            for row in chosen
+        ]
+        parts.append(f"{title}\n\n{_table([*header, *tasks], lines)}\n")
+        methods = list(dict.fromkeys(row["method"] for row in chosen if row["method"] != "dense"))
+        shares = (0.75, 0.5, 0.3, 0.25, 0.15)
+        equal = [
+            [m, *(_number(at_bytes([r for r in chosen if r["method"] == m], share)) for share in shares)] for m in methods
+        ]
+        header = ["bits per byte +%, at bytes read", *(f"{100 * share:g} %" for share in shares)]
+        parts.append(_table(header, equal) + "\n")
+    (out / "quality.md").write_text("\n".join(parts))
+    _plot(means, out / "quality.png")
 
 
-def coverage(data: dict) -> str:
-    """Which of the cells that were asked for are missing, one line for each task and set of seeds; "" if none is."""
-    found = {(cell["task"], cell["method"], cell["seed"]) for cell in data["cells"]}
-    asked = data["asked"]
-    lines = []
-    for task in asked["tasks"]:
-        missing = {
-            seed: [method for method in asked["methods"] if (task, method, seed) not in found]
-            for seed in asked["seeds"]
-        }
-        for seed, methods in missing.items():
-            if methods:
-                text = "all methods" if methods == asked["methods"] else ", ".join(methods)
-                lines.append(f"- {task}, seed {seed}: {text}\n")
-    if not lines:
-        return ""
-    wanted = len(asked["tasks"]) * len(asked["methods"]) * len(asked["seeds"])
-    return (
-        f"\n## Not measured\n\n{len(found)} of {wanted} cells (task, method, seed) ended within the time limit. Without"
-        f" further seeds, intervals show the spread over test examples alone. Missing:\n\n{''.join(lines)}"
-    )
-
-
-def render(table: Table, notes: str) -> str:
-    data, out = table.data, io.StringIO()
-    names = list(table.tasks)
-
-    def row(*cells: str) -> None:
-        out.write(f"| {' | '.join(cells)} |\n")
-
-    def head(*cells: str) -> None:
-        row(*cells)
-        row(*["---"] * len(cells))
-
-    settings = ", ".join(f"{name} {value}" for name, value in data["settings"].items())
-    versions = ", ".join(f"{name} {value}" for name, value in data["versions"].items())
-    out.write(
-        "# Quality at equal active fractions\n\nWritten by `benchmarks/quality_report.py` from measured cells."
-        f" Command:\n\n    {data['command']}\n\n{data['machine']}, {data['date']}; {versions}; {settings}.\n\n"
-        "Every method starts from the same dense model of a task and gets the same data, steps, trainable backbone,\n"
-        "distillation from the dense model and search over learning rates (on validation data). Numbers are the share\n"
-        "of the dense model's quality that is lost (rise in bits per byte, drop in accuracy or ROUGE-L), that model\n"
-        "having had the same extra training: lower is better. Methods are compared on the seeds that both have, and\n"
-        "intervals are of a paired bootstrap over test examples and seeds.\n\n"
-    )
-    head("task", "model", "metric", "test examples", "dense", "dense with extra training")
-    for name, task in table.tasks.items():
-        dense = [table.quality((name, "dense", tuned, 1.0)) for tuned in (False, True)]
-        values = ["–" if value is None else f"{value:.4f}" for value in dense]
-        row(name, task["family"], task["metric"], str(task["examples"]["test"]), *values)
-    out.write(coverage(data))
-    out.write("\n## Targets\n\n")
-    head(
-        *("budget", "lost at most", "lost", "reached", "against the best baseline of each task (95 % interval)"),
-        "against the best with one checkpoint for all budgets, as PrunePath has",
-    )
-    for budget, target in TARGETS.items():
-        lost = table.mean_loss(OURS, True, budget)
-        reached = "–" if lost is None else "yes" if lost <= target else "no"
-        columns = []
-        for one_checkpoint in (False, True):
-            leads = []
-            for name in names:
-                best = table.best_baseline(name, True, budget, one_checkpoint=one_checkpoint)
-                interval = table.lead(name, best, True, budget) if best else None
-                text = "–" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"
-                leads.append(f"{name}: {verdict(interval)} {best} ({text})" if best else f"{name}: –")
-            columns.append("; ".join(leads))
-        row(f"{budget:.0%}", f"{target:.1%}", percent(lost), reached, *columns)
-    for tuned in (True, False):
-        out.write(f"\n## {'With' if tuned else 'Without'} fine-tuning\n")
-        for budget in TARGETS:
-            out.write(f"\nBudget {budget:.0%}:\n\n")
-            head("method", "checkpoints", "seeds", *names, "mean")
-            shown = [OURS, *table.baselines, *(m for m in BOUNDS if m in table.methods)]
-            best = {name: table.best_baseline(name, tuned, budget) for name in names}
-            for method in shown:
-                seeds = {len(table.results.get((name, method, tuned, budget), {})) for name in names}
-                cells = []
-                for name in names:
-                    text = percent(table.loss((name, method, tuned, budget)))
-                    cells.append(f"*{text}*" if best[name] == method else text)
-                label = f"**{method}**" if method == OURS else f"{method} (bound)" if method in BOUNDS else method
-                kind = "one" if table.methods.get(method, True) else "one per budget"
-                count = "–".join(str(n) for n in sorted({min(seeds), max(seeds)}))
-                mean, spread = percent(table.mean_loss(method, tuned, budget)), table.spread(method, tuned, budget)
-                row(label, kind, count, *cells, mean if spread is None else f"{mean} ± {100 * spread:.1f}")
-    out.write(
-        "\nIn italics: the best baseline of a task. ±: the standard deviation of the mean over seeds.\n\n"
-        "## How the budget adapts\n\n"
-    )
-    head(
-        "task", "budget", "experts per token (5th, 50th, 95th percentile)", "active fraction of the FFNs, least to most"
-    )
-    for name in names:
-        for budget in TARGETS:
-            result = next(iter(table.results.get((name, OURS, True, budget), {}).values()), None)
-            if result is not None and result["experts_per_token"]:
-                shares = np.cumsum(result["experts_per_token"]) / sum(result["experts_per_token"])
-                points = ", ".join(str(int(np.searchsorted(shares, q))) for q in (0.05, 0.5, 0.95))
-                layers = result["per_layer"]
-                row(name, f"{budget:.0%}", points, f"{min(layers):.1%} to {max(layers):.1%}")
-    missed = table.missed()
-    out.write(f"\n## Budgets missed by more than {100 * TOLERANCE:g} points\n\n")
-    out.write("".join(f"- {line}\n" for line in missed) or "None.\n")
-    out.write("\n![Quality lost over the active fraction, for every task](quality.png)\n")
-    if notes:
-        out.write(f"\n## What was tried and did not work\n\n{notes.strip()}\n")
-    return out.getvalue()
-
-
-def rows(table: Table) -> list[dict]:
-    """One flat row for each result and seed."""
-    return [
-        {
-            "task": task,
-            "method": method,
-            "finetuned": tuned,
-            "budget": budget,
-            "seed": seed,
-            "metric": table.tasks[task]["metric"],
-            "quality": _quality(result),
-            "active_fraction": result["active_fraction"],
-        }
-        for (task, method, tuned, budget), seeds in table.results.items()
-        for seed, result in seeds.items()
-    ]
-
-
-def plot(table: Table, path: Path) -> None:
-    """The trade-off curve of every method on every task, with fine-tuning."""
+def _plot(means: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(table.tasks), figsize=(4 * len(table.tasks), 4), squeeze=False)
-    methods = [OURS, *sorted(table.baselines), *BOUNDS]
-    for axis, name in zip(axes[0], table.tasks, strict=True):
-        for i, method in enumerate(methods):
-            points = [(budget, table.loss((name, method, True, budget))) for budget in TARGETS]
-            points = [(100 * budget, 100 * loss) for budget, loss in points if loss is not None]
-            if points:
-                style = {"color": "black", "marker": "o", "linewidth": 2} if method == OURS else {"color": f"C{i - 1}"}
-                axis.plot(*zip(*points, strict=True), ":" if method in BOUNDS else "-", label=method, **style)
-        axis.set(title=name, xlabel="active FFN neurons, %", ylabel="quality lost, %")
+    stages = sorted({row["trained"] for row in means})
+    figure, axes = plt.subplots(1, len(stages), figsize=(7 * len(stages), 5), squeeze=False)
+    for axis, trained in zip(axes[0], stages, strict=True):
+        curves = collections.defaultdict(list)
+        for row in means:
+            if row["trained"] == trained and row["budget"] < 1 and (row.get("rise") or 0) > 0:
+                curves[row["method"]].append((100 * row["bytes"], row["rise"]))
+        for method, points in sorted(curves.items()):
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=method)
+        axis.set(xlabel="FFN bytes read a token, % of dense", ylabel="rise in bits per byte, %", yscale="log")
+        axis.set_title(f"{trained / 1e6:.1f} M tokens of training" if trained else "no training")
+        if curves:
+            axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
-    handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.tight_layout(rect=(0, 0, 1, 0.87))
-    figure.legend(handles.values(), handles.keys(), loc="upper center", ncols=7, fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def write_report(results: Path, docs: Path) -> None:
-    """Writes quality.md, quality.json, quality.csv and quality.png into `docs`."""
-    data = json.loads(lzma.decompress(results.read_bytes()))
-    if not data["cells"]:
-        raise SystemExit(f"expected finished cells in {results}, got none.")
-    table = Table(data)
-    notes = docs / "quality-notes.md"
-    docs.mkdir(parents=True, exist_ok=True)
-    flat = rows(table)
-    text = render(table, notes.read_text(encoding="utf-8") if notes.is_file() else "")
-    summary = {name: data[name] for name in ("command", "settings", "machine", "date", "versions")}
-    summary["tasks"] = {
-        name: {k: v for k, v in task.items() if k not in ("sizes", "references")} for name, task in table.tasks.items()
-    }
-    summary["rows"] = flat
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(flat[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    for name, content in (
-        ("quality.csv", stream.getvalue()),
-        ("quality.json", json.dumps(summary, indent=1) + "\n"),
-        ("quality.md", text),
-    ):
-        temporary = docs / f".{name}"
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(docs / name)
-    plot(table, docs / "quality.png")
-
-
 if __name__ == "__main__":
-    write_report(Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else "docs"))
+    write_report(Path(sys.argv[1]))

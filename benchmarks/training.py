@@ -1,45 +1,103 @@
-"""One harness for all methods: install, fine-tune, calibrate, evaluate, with the same data, steps and loss."""
+"""One harness for all methods: the same data, steps and loss."""
 
 from __future__ import annotations
 
-import copy
 import math
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from baselines.base import Method, Settings
-from tasks.base import Task
-from tasks.models import warm_cosine
+from baselines.base import Method
+from mixture import IGNORED, Packed
 from torch import nn
-
-from prunepath.nn.observers import padding_masks
-from prunepath.train.any_budget import distillation_loss
+from torch.nn import functional as F
 
 DISTILLATION_WEIGHT = 1.0
+HEAD_WEIGHT = 0.5
 ROUTER_RATE = 3.0
-INSTALL_TOKENS = 65536
-CALIBRATION_EXAMPLES = 96
-_GENERATION_BATCH = 1152
+_WARM_UP = 0.04
+_POSITIONS = 4096
 
 
-def install(method_type: type[Method], dense: nn.Module, task: Task, settings: Settings, budget: float | None):
-    """A method on a copy of the dense model, fitted on training data."""
-    method = method_type(copy.deepcopy(dense), settings, budget)
-    per_batch = max(1, min(32, task.count("train") // 4))
-    wanted = max(4, INSTALL_TOKENS // (per_batch * task.splits["train"]["input_ids"].shape[1]))
-    wanted = min(wanted, task.count("train") // per_batch)
-    draws = task.random_batches(per_batch, settings.seed)
-    method.install([next(draws) for _ in range(max(1, wanted))])
-    return method
+def warm_cosine(progress: float) -> float:
+    """A factor of the learning rate: a linear warm-up, then half a cosine to zero."""
+    return min(1.0, (progress + 1e-3) / _WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+def _error(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(summed loss, its gradient) of logits [N, V]: cross-entropy plus KL(teacher ‖ student)."""
+    log_p, log_t = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    p, t = log_p.exp(), log_t.exp()
+    loss = -log_p.gather(1, labels.unsqueeze(1)).sum() + DISTILLATION_WEIGHT * (t * (log_t - log_p)).sum()
+    gradient = (1.0 + DISTILLATION_WEIGHT) * p - DISTILLATION_WEIGHT * t
+    gradient = gradient.scatter_add(1, labels.unsqueeze(1), torch.full_like(log_p[:, :1], -1.0))
+    return loss, gradient.to(student.dtype)
+
+
+_compiled_error = torch.compile(_error, dynamic=True)
+
+
+class LanguageLoss(torch.autograd.Function):
+    """Mean over positions of cross-entropy plus distillation, from hidden states.
+
+    Logits exist for `_POSITIONS` positions at a time, and gradients are found in the forward pass: all logits of a step
+    would take most of the memory and its bandwidth.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels):
+        dtype = torch.bfloat16 if hidden.is_cuda else hidden.dtype
+        hidden_low, weight_low = hidden.to(dtype), weight.to(dtype)
+        error = _compiled_error if hidden.is_cuda else _error
+        total = torch.zeros((), device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden_low)
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(hidden), _POSITIONS):
+            part = slice(start, start + _POSITIONS)
+            logits = hidden_low[part] @ weight_low.t()
+            loss, gradient = error(logits, teacher_hidden[part] @ teacher_weight.t(), labels[part])
+            total += loss
+            hidden_gradient[part] = gradient @ weight_low
+            weight_gradient += gradient.t() @ hidden_low[part]
+        scale = 1.0 / max(1, len(hidden))
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.scale, ctx.dtypes = scale, (hidden.dtype, weight.dtype)
+        return total * scale
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        factor = upstream * ctx.scale
+        return (
+            (hidden_gradient * factor).to(ctx.dtypes[0]),
+            (weight_gradient * factor).to(ctx.dtypes[1]),
+            None,
+            None,
+            None,
+        )
+
+
+def final_hidden(model: nn.Module, batch: Packed) -> torch.Tensor:
+    """Hidden states after the last norm, [B·S, H]."""
+    return model.get_decoder()(**batch.inputs(), use_cache=False).last_hidden_state.flatten(0, 1)
 
 
 def finetune(
-    method: Method, teacher: nn.Module, task: Task, *, steps: int, batch_size: int, rate: float, seed: int
-) -> None:
-    """Trains all of the method's parameters, the routers at `ROUTER_RATE` times the learning rate.
+    method: Method,
+    heads: nn.ModuleDict,
+    teacher: nn.Module,
+    batches: Iterator[Packed],
+    *,
+    steps: int,
+    rate: float,
+    seed: int,
+) -> list[float]:
+    """Trains all of the method's parameters, routers at `ROUTER_RATE` times the learning rate, and the heads.
 
-    The loss, for every method: the task's, plus distillation from the dense model that it started from, plus the
-    method's own. On a GPU the student trains under autocast; `teacher` runs in its own dtype.
+    The loss, for every method: cross-entropy and distillation from the original dense model on the scored tokens, the
+    classification heads' cross-entropy, and the method's own. On a GPU the student trains under autocast.
+
+    Returns:
+        The loss of every step.
     """
     torch.manual_seed(seed)  # dropout
     model = method.model
@@ -47,90 +105,97 @@ def finetune(
     parameters = method.trainable_parameters()
     routers = [p for p in parameters if _is_router(names.get(id(p), "router"))]
     backbone = [p for p in parameters if not _is_router(names.get(id(p), "router"))]
-    cuda = parameters[0].is_cuda
-    groups = [{"params": backbone, "lr": rate}, {"params": routers, "lr": ROUTER_RATE * rate}]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], betas=(0.9, 0.95), weight_decay=0.1, fused=cuda
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps))
-    batches = task.random_batches(batch_size, seed + 1000)
+    device = backbone[0].device
+    groups = [
+        {"params": backbone, "peak": rate},
+        {"params": routers, "peak": ROUTER_RATE * rate},
+        {"params": list(heads.parameters()), "peak": ROUTER_RATE * rate},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    losses = []
     model.train()
-    with padding_masks(model):
-        for step in range(steps):
-            batch = next(batches)
-            method.before_step(step / steps)
-            with torch.no_grad():
-                target = teacher(**task.inputs(batch)).logits
-            with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-                outputs = model(**batch)
-            loss = outputs.loss + method.auxiliary_loss()
-            positions = task.scored_positions(batch["labels"])
-            loss = loss + DISTILLATION_WEIGHT * distillation_loss(outputs.logits, target, positions)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
+    for step in range(steps):
+        batch = next(batches).to(device)
+        method.before_step(step / steps)
+        scored = (batch.labels.flatten() != IGNORED).nonzero().squeeze(1)
+        with torch.no_grad():
+            target = final_hidden(teacher, batch)[scored]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            hidden = final_hidden(model, batch)
+        loss = LanguageLoss.apply(
+            hidden[scored],
+            model.get_output_embeddings().weight,
+            target,
+            teacher.get_output_embeddings().weight,
+            batch.labels.flatten()[scored],
+        )
+        loss = loss + method.auxiliary_loss()
+        if batch.heads:
+            of_heads = [F.cross_entropy(heads[n](hidden[where].float()), c) for n, (where, c) in batch.heads.items()]
+            loss = loss + HEAD_WEIGHT * torch.stack(of_heads).mean()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * warm_cosine(step / steps)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        losses.append(loss.detach())
     model.eval()
+    return torch.stack(losses).tolist() if losses else []
 
 
 def _is_router(name: str) -> bool:
     return "router" in name or "predictor" in name
 
 
-def calibrate(method: Method, task: Task, batch_size: int) -> None:
-    with torch.no_grad(), padding_masks(method.model):
-        method.model.eval()
-        method.calibrate(list(task.batches("validation", batch_size, CALIBRATION_EXAMPLES)))
+def make_heads(model: nn.Module, classes: dict[str, int], examples: dict[str, list], *, seed: int, steps: int = 300):
+    """Linear classification heads on the frozen model's last hidden states: what untrained methods use.
+
+    Args:
+        classes: task -> number of classes.
+        examples: task -> its training examples.
+    """
+    torch.manual_seed(seed)
+    device = model.get_input_embeddings().weight.device
+    heads = nn.ModuleDict()
+    for name, count in classes.items():
+        features, targets = _features(model, examples[name])
+        mean, std = features.mean(0), features.std(0).clamp(min=1e-3)
+        inputs = (features - mean) / std
+        linear = nn.Linear(features.shape[1], count).to(device)
+        nn.init.zeros_(linear.weight)
+        optimizer = torch.optim.AdamW(linear.parameters(), lr=1e-2, weight_decay=1.0)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 * warm_cosine(step / steps)
+            loss = F.cross_entropy(linear(inputs), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            linear.weight.div_(std)
+            linear.bias.sub_(linear.weight @ mean)
+        heads[name] = linear
+    return heads
 
 
 @torch.no_grad()
-def evaluate(
-    method: Method,
-    task: Task,
-    split: str,
-    budget: float,
-    *,
-    tokenizer=None,
-    limit: int | None = None,
-    calibrated: bool = True,
-) -> dict:
-    """Scores of each example at a budget, which each batch has thresholds of its own for where `calibrated` is false.
-
-    Returns:
-        `active_fraction`, `per_layer`, with experts `experts_per_token` (how many tokens ran 0, 1, … experts, over all
-        FFNs), `nll` (nats of each example's labels), for `accuracy` also `correct`, and for
-        `rouge_l` on the test split also `predictions`; `loss`, the mean nats a label.
-    """
-    model = method.model.eval()
-    (method.set_budget if calibrated else method.set_batch_budget)(budget)
-    result: dict[str, Any] = {"nll": [], "correct": [], "predictions": []}
-    counts = torch.zeros((), dtype=torch.int64)
-    with padding_masks(model):
-        for batch in task.batches(split, 64, limit):
-            logits = model(**task.inputs(batch)).logits
-            labels = batch["labels"]
-            result["nll"].append(task.losses(logits, labels))
-            positions = task.scored_positions(labels)
-            counts = counts + (len(labels) if positions is None else positions.sum())
-            if task.metric == "accuracy":
-                result["correct"].append((logits.argmax(-1) == labels).int())
-        result["active_fraction"] = method.active_fraction()
-        result["per_layer"] = method.per_layer()
-        if method.counts is not None:
-            result["experts_per_token"] = torch.stack(method.counts.histogram).sum(0).tolist()
-        if task.metric == "rouge_l" and split == "test" and tokenizer is not None:
-            for batch in task.batches(split, _GENERATION_BATCH, limit):
-                ids = model.generate(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    max_new_tokens=31,
-                    do_sample=False,
-                )
-                result["predictions"] += tokenizer.batch_decode(
-                    ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-                )
-    result["nll"] = [round(value, 3) for value in torch.cat(result["nll"]).tolist()]
-    result["correct"] = torch.cat(result["correct"]).tolist() if result["correct"] else []
-    result["loss"] = math.fsum(result["nll"]) / int(counts)
-    return result
+def _features(model: nn.Module, examples: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """(last hidden states float32 [N, H], classes int64 [N]) of examples, in batches of one length or nearly so."""
+    device = model.get_input_embeddings().weight.device
+    examples = sorted(examples, key=lambda e: len(e.ids))
+    rows = []
+    for start in range(0, len(examples), 256):
+        part = examples[start : start + 256]
+        length = max(len(e.ids) for e in part)
+        ids = torch.zeros(len(part), length, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, example in enumerate(part):
+            ids[row, : len(example.ids)] = torch.tensor(example.ids)
+            mask[row, : len(example.ids)] = 1
+        last = mask.sum(1).to(device) - 1
+        hidden = model.get_decoder()(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
+        rows.append(hidden[torch.arange(len(part), device=device), last].float())
+    return torch.cat(rows), torch.tensor([e.label for e in examples], device=device)
