@@ -1,162 +1,212 @@
-"""A task: examples in three splits as tensors, and how a model's outputs on them are scored."""
+"""A task: examples of three splits, a model's score on the test split, and the passes of the model that it takes."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import importlib.util
-from collections.abc import Iterator
+import abc
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from prunepath.demo.corpus import MAX_FILE_BYTES, stdlib_texts
+from prunepath.errors import PrunePathError
+from prunepath.nn.observers import padding_masks
 
-Examples = dict[str, torch.Tensor]
-"""Model inputs with one row an example."""
-
-SPLITS = ("train", "validation", "test")
-IGNORED = -100
+LONGEST_TRAINING_EXAMPLE = 1024  # tokens; longer ones are left out of training
+_BATCH_TOKENS = {"cuda": 32768, "cpu": 2048}  # of one forward pass, padding included
+_LOGITS = {"cuda": 2**27, "cpu": 2**24}  # that exist at once
 
 
-@dataclasses.dataclass
-class Task:
-    """Examples of one task.
+@dataclass(frozen=True)
+class Example:
+    """One sequence of a split.
+
+    Attributes:
+        ids: token ids.
+        scored_from: the labels are `ids[scored_from:]`, each predicted from what is before it; at least 1.
+        size: UTF-8 bytes that `ids[scored_from:]` spell, special tokens not counted.
+        head: the classification task whose head reads the last token's final hidden state. There is then no loss of
+            the language model.
+        label: the class, with a head.
+    """
+
+    ids: list[int]
+    scored_from: int
+    size: int = 0
+    head: str | None = None
+    label: int = 0
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What no two splits share: the prompt, or the whole text where there is none."""
+        return tuple(self.ids[: self.scored_from] if self.scored_from > 1 else self.ids)
+
+
+class Task(abc.ABC):
+    """A data set as examples, and a model's score on it.
+
+    Args:
+        data: the folder that the sets are in.
+        tokenizer: a fast tokenizer.
+        limit: at most so many test examples, for small runs.
 
     Attributes:
         name: as tables call it.
-        family: the model's: `llama`, `opt`, `bert` or `t5`.
-        metric: `bits_per_byte` (lower is better), `accuracy` or `rouge_l` (higher is better).
-        splits: `train`, `validation` and `test` examples.
-        sizes: UTF-8 bytes that a test example's labels spell, for `bits_per_byte`.
-        references: the test examples' texts to generate, for `rouge_l`.
-        labels: names of the classes, for `accuracy`.
+        metric: `bits_per_byte` (lower is better), `accuracy` or `rouge_l` (in [0, 1], higher is better).
+        num_classes: of a classification with a head.
     """
 
     name: str
-    family: str
     metric: str
-    splits: dict[str, Examples]
-    sizes: list[int] = dataclasses.field(default_factory=list)
-    references: list[str] = dataclasses.field(default_factory=list)
-    labels: tuple[str, ...] = ()
+    num_classes: int | None = None
 
-    def to(self, device: torch.device | str) -> Task:
-        splits = {
-            split: {name: tensor.to(device) for name, tensor in examples.items()}
-            for split, examples in self.splits.items()
-        }
-        return dataclasses.replace(self, splits=splits)
+    def __init__(self, data: Path, tokenizer, limit: int | None = None) -> None:
+        self.data = Path(data)
+        self.tokenizer = tokenizer
+        self.limit = limit
 
-    def count(self, split: str) -> int:
-        return len(self.splits[split]["input_ids"])
+    @abc.abstractmethod
+    def read(self, split: str) -> list[Example]:
+        """All examples of `train`, `validation` or `test` in the data's order. [] where there is no such split."""
 
-    def batch(self, split: str, rows: torch.Tensor | slice) -> Examples:
-        """The inputs of one call of the model, int64."""
-        return {
-            name: tensor[rows].long() for name, tensor in self.splits[split].items() if name != "decoder_attention_mask"
-        }
+    @abc.abstractmethod
+    def evaluate(self, model: nn.Module, heads: nn.ModuleDict | None = None) -> dict:
+        """The score on the test split of a causal language model of transformers, of any floating-point type.
 
-    def inputs(self, batch: Examples) -> Examples:
-        """What gives a batch's logits without its loss. T5's decoder reads its inputs off the labels."""
-        return batch if self.family == "t5" else {name: rows for name, rows in batch.items() if name != "labels"}
+        Returns:
+            `value`, the metric over all test examples; `scores`, one an example (nats for `bits_per_byte`); `sizes`,
+            each example's bytes, for `bits_per_byte`; and what a task adds.
+        """
 
-    def batches(self, split: str, size: int, limit: int | None = None) -> Iterator[Examples]:
-        """The examples in order, up to `limit` of them."""
-        count = min(self.count(split), limit or self.count(split))
-        for start in range(0, count, size):
-            yield self.batch(split, slice(start, min(start + size, count)))
+    def training_examples(self) -> list[Example]:
+        """Without those of other splits, and without those too long to train on."""
+        held_out = {example.key for example in (*self._all_test_examples, *self._all_validation_examples)}
+        return [
+            example
+            for example in self.read("train")
+            if example.key not in held_out and len(example.ids) <= LONGEST_TRAINING_EXAMPLE
+        ]
 
-    def random_batches(self, size: int, seed: int) -> Iterator[Examples]:
-        """Training batches for ever, epoch after epoch in a new order."""
-        generator = torch.Generator().manual_seed(seed)
-        device = self.splits["train"]["input_ids"].device
-        size = min(size, self.count("train"))
-        while True:
-            order = torch.randperm(self.count("train"), generator=generator).to(device)
-            for start in range(0, len(order) - size + 1, size):
-                yield self.batch("train", order[start : start + size])
-
-    def fingerprint(self) -> dict[str, str]:
-        """A hash of each split."""
-        hashes = {}
-        for split, examples in self.splits.items():
-            digest = hashlib.sha256()
-            for name in sorted(examples):
-                digest.update(examples[name].cpu().contiguous().numpy().tobytes())
-            hashes[split] = digest.hexdigest()[:16]
-        return hashes
+    def validation_examples(self) -> list[Example]:
+        """Held out from training, and not of the test split."""
+        return list(self._all_validation_examples)
 
     @property
-    def shifted(self) -> bool:
-        """Whether logits at a position predict the label of the next one."""
-        return self.family in ("llama", "opt")
+    def test_examples(self) -> list[Example]:
+        return self._all_test_examples[: self.limit]
 
-    def scored_positions(self, labels: torch.Tensor) -> torch.Tensor | None:
-        """Positions whose logits the labels score, bool like the logits' leading dimensions; None for all."""
-        if labels.dim() == 1:
-            return None
-        scored = labels != IGNORED
-        return torch.cat([scored[:, 1:], torch.zeros_like(scored[:, :1])], dim=1) if self.shifted else scored
+    @functools.cached_property
+    def _all_test_examples(self) -> list[Example]:
+        return self.read("test")
 
-    def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Summed negative log-likelihood of each example, in nats: float32 [B]."""
-        logits = logits.float()
-        if labels.dim() == 1:
-            return F.cross_entropy(logits, labels, reduction="none")
-        if self.shifted:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED).sum(1)
+    @functools.cached_property
+    def _all_validation_examples(self) -> list[Example]:
+        test = {example.key for example in self._all_test_examples}
+        return [example for example in self.read("validation") if example.key not in test]
 
+    def path(self, name: str) -> Path:
+        """A file of the data.
 
-TASKS = ("lm-llama", "lm-opt", "instruct", "nlu", "nlg")
+        Raises:
+            PrunePathError: if it is not there.
+        """
+        path = self.data / name
+        if not path.is_file():
+            raise PrunePathError(
+                f"Expected {name} of task {self.name} in the data folder {self.data}: it is not there."
+            )
+        return path
 
+    def json_lines(self, name: str) -> list[dict]:
+        with self.path(name).open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.strip()]
 
-def build_task(name: str, tokenizer, *, size: str) -> Task:
-    """The task of this name; `size` is `small` or, for tests, `tiny`."""
-    from tasks import functions, hub, language_model, nlu
-
-    makers = {
-        "lm-llama": language_model.build,
-        "lm-opt": language_model.build,
-        "instruct": functions.build_instruct,
-        "nlu": nlu.build,
-        "nlg": functions.build_nlg,
-        **dict.fromkeys(hub.HUB_TASKS, hub.build),
-    }
-    return makers[name](name, tokenizer, tiny=size == "tiny")
+    def encode(self, texts: list[str], special: bool | None = None) -> list[list[int]]:
+        """Token ids of each text; the special tokens that the tokenizer adds of itself unless `special` is False."""
+        options = {} if special is None else {"add_special_tokens": special}
+        return self.tokenizer(texts, verbose=False, **options)["input_ids"] if texts else []
 
 
-def texts_of(split: str, tiny: bool) -> list[str]:
-    """Standard-library sources of a split, whole modules each (`prunepath.demo.corpus`)."""
-    texts = stdlib_texts({"test": "held_out"}.get(split, split))
-    return texts[:: max(1, len(texts) // 12)] if tiny else texts
+@contextlib.contextmanager
+def evaluating(model: nn.Module, called: nn.Module) -> Iterator[None]:
+    """Inside the `with` block nothing is trained, and sparse FFNs know the padding of `called`, the model or its base.
+
+    Not `torch.inference_mode`: what a model keeps from a pass could then not be trained with later.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), padding_masks(called):
+            yield
+    finally:
+        model.train(was_training)
 
 
-_HELD_OUT_FOLDERS = {
-    "validation": ("numpy/ma", "numpy/fft", "torch/autograd", "torch/profiler", "torch/jit", "torch/package"),
-    "test": ("numpy/linalg", "numpy/polynomial", "torch/distributions", "torch/nn", "torch/optim"),
-}
+def hidden_states(model: nn.Module, rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Final hidden states of sequences, in batches of similar lengths, the longest first.
+
+    Args:
+        model: a causal language model of transformers.
+        rows: token ids of each sequence, none of them empty.
+
+    Yields:
+        (numbers of the B sequences in `rows`, their states [B, L, H]), padded on the right.
+    """
+    base, device = model.base_model, model.get_input_embeddings().weight.device
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
+    done = 0
+    with evaluating(model, base):
+        while done < len(order):
+            length = len(rows[order[done]])
+            batch = order[done : done + max(1, _of_device(_BATCH_TOKENS, device) // length)]
+            done += len(batch)
+            ids = torch.zeros(len(batch), length, dtype=torch.int64)
+            attention = torch.zeros_like(ids)
+            for i, number in enumerate(batch):
+                ids[i, : len(rows[number])] = torch.tensor(rows[number])
+                attention[i, : len(rows[number])] = 1
+            output = base(input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False)
+            yield batch, output.last_hidden_state
 
 
-def package_texts(split: str) -> list[str]:
-    """Sources of a split from the packages that PrunePath needs: numpy and torch, split by whole folders."""
-    texts = []
-    for package in ("numpy", "torch"):
-        root = Path(importlib.util.find_spec(package).origin).parent
-        for path in sorted(root.rglob("*.py")):
-            folder = "/".join(path.relative_to(root.parent).parts[:2])
-            of = next((name for name, folders in _HELD_OUT_FOLDERS.items() if folder in folders), "train")
-            if of == split and path.stat().st_size <= MAX_FILE_BYTES:
-                texts.append(path.read_text(encoding="utf-8", errors="replace"))
-    return texts
+def losses(model: nn.Module, sequences: Sequence[tuple[list[int], int]]) -> list[float]:
+    """Negative log-likelihood, in nats, of `ids[scored_from:]` given what is before, for each (ids, scored_from).
+
+    Sequences that differ only in their last token share a pass. Logits exist at scored positions only, a chunk at a
+    time, and are float32 in the softmax.
+    """
+    sharing: dict[tuple[int, ...], list[int]] = {}
+    for owner, (ids, _) in enumerate(sequences):
+        sharing.setdefault(tuple(ids[:-1]), []).append(owner)
+    rows = list(sharing)
+    totals = torch.zeros(len(sequences), dtype=torch.float64)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma's
+    lm_head = model.get_output_embeddings()
+    for numbers, hidden in hidden_states(model, rows):
+        places, targets, owners = [], [], []
+        for i, number in enumerate(numbers):
+            for owner in sharing[rows[number]]:
+                ids, scored_from = sequences[owner]
+                places += range(i * hidden.shape[1] + scored_from - 1, i * hidden.shape[1] + len(ids) - 1)
+                targets += ids[scored_from:]
+                owners += [owner] * (len(ids) - scored_from)
+        places, targets = (torch.tensor(each, device=hidden.device) for each in (places, targets))
+        states = hidden.flatten(0, 1)[places]
+        chunk = max(1, _of_device(_LOGITS, hidden.device) // model.config.get_text_config().vocab_size)
+        nats = []
+        for start in range(0, len(states), chunk):
+            logits = lm_head(states[start : start + chunk]).float()
+            if cap is not None:
+                logits = cap * torch.tanh(logits / cap)
+            nats.append(F.cross_entropy(logits, targets[start : start + chunk], reduction="none"))
+        totals.index_add_(0, torch.tensor(owners), torch.cat(nats).double().cpu())
+    return totals.tolist()
 
 
-def padded(rows: list[list[int]], length: int, fill: int) -> torch.Tensor:
-    """int16 [N, length]: rows cut or filled to `length`."""
-    result = torch.full((len(rows), length), fill, dtype=torch.int16)
-    for i, row in enumerate(rows):
-        values = row[:length]
-        result[i, : len(values)] = torch.tensor(values, dtype=torch.int16)
-    return result
+def _of_device(table: dict[str, int], device: torch.device) -> int:
+    return table.get(device.type, table["cpu"])
