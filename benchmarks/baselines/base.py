@@ -21,7 +21,7 @@ class Settings:
     """What all methods of a comparison share.
 
     Attributes:
-        expert_width: neurons n of every expert.
+        expert_width: neurons n of every expert, for methods without a width of their own.
         router_rank: rank of PrunePath's routers; 0 is full rank, None suits the model's hidden size.
         budgets: active fractions of FFN neurons at which methods are compared.
         seed: of partitions, random choices and drawn budgets.
@@ -91,6 +91,14 @@ class Method(abc.ABC):
     def active_fraction(self) -> float:
         """The share of FFN neurons computed, over valid (unpadded) tokens since the last `set_budget`."""
         return self.counts.active_fraction
+
+    def bytes_read(self) -> float:
+        """FFN weight bytes read for a token, routers included, as a share of those of the dense FFNs.
+
+        At the setting last chosen, over valid tokens since the last `set_budget`. Weights and routers count 2 bytes a
+        number (bfloat16); biases are left out.
+        """
+        return self.active_fraction()
 
     def per_layer(self) -> list[float] | None:
         """The same of each FFN, in the order of the model's modules; None where the method cannot say."""

@@ -26,6 +26,7 @@ class _D2DMoE(ThresholdMethod):
     """
 
     partition = "coactivation"
+    expert_width = 32
     enforcing = False
 
     def install_routers(self, inputs: list[torch.Tensor]) -> None:

@@ -23,6 +23,7 @@ from prunepath.nn.observers import CountRecord, valid_tokens
 from prunepath.train.any_budget import AnyBudgetConfig
 
 _PARTITION_TOKENS = 4096
+_SAMPLED_PRIORITIES = 2**20
 _TOLERANCE = 0.001
 _PASSES = 10
 
@@ -35,14 +36,22 @@ class ExpertMethod(Method):
 
     Attributes:
         partition: how neurons are grouped, as in `PrunePathConfig`.
+        expert_width: neurons of an expert, as the method's paper has them; None for `settings.expert_width`.
+        num_experts: experts of an FFN, the other way to say it; None where the width says it.
     """
 
     one_checkpoint = True
     partition = "coactivation"
+    expert_width: int | None = None
+    num_experts: int | None = None
 
     @torch.no_grad()
     def install(self, batches: Sequence[Batch]) -> None:
-        config = PrunePathConfig(expert_width=self.settings.expert_width, router_rank=self.settings.router_rank)
+        if self.num_experts is not None:
+            experts = {"num_experts": self.num_experts}
+        else:
+            experts = {"expert_width": self.expert_width or self.settings.expert_width}
+        config = PrunePathConfig(**experts, router_rank=self.settings.router_rank)
         self.ffns: list[SparseFFN] = list(install(self.model, config).values())
         inputs = ffn_inputs(self.model, self.ffns, batches)
         for i, (ffn, x) in enumerate(zip(self.ffns, inputs, strict=True)):
@@ -60,19 +69,12 @@ class ExpertMethod(Method):
         self.counts = CountRecord(self.ffns)
 
     def _partition(self, index: int, ffn: SparseFFN, hidden: torch.Tensor) -> torch.Tensor:
-        """The grouping of an FFN's neurons (`partition_neurons`), from `settings.partitions` if it is there."""
+        """The grouping of an FFN's neurons (`group`), from `settings.partitions` if it is there."""
         folder = self.settings.partitions
-        path = None if folder is None else folder / f"{self.partition}.{index}.pt"
+        path = None if folder is None else folder / f"{self.partition_name()}.{ffn.expert_width}.{index}.pt"
         if path is not None and path.exists():
             return torch.load(path)
-        order = partition_neurons(
-            self.partition,
-            ffn.num_experts,
-            intermediate_size=ffn.intermediate_size,
-            profiles=hidden,
-            weights=ffn.tables()[0].float(),
-            seed=self.settings.seed,
-        )
+        order = self.group(ffn, hidden)
         if path is not None:
             folder.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -80,8 +82,31 @@ class ExpertMethod(Method):
             temporary.replace(path)
         return order
 
+    def partition_name(self) -> str:
+        """Tells partitions of one width apart in `settings.partitions`."""
+        return self.partition
+
+    def group(self, ffn: SparseFFN, hidden: torch.Tensor) -> torch.Tensor:
+        """A partition as `partition_neurons` gives it, int64 [D], from activations float32 [P, D]."""
+        return partition_neurons(
+            self.partition,
+            ffn.num_experts,
+            intermediate_size=ffn.intermediate_size,
+            profiles=hidden,
+            weights=ffn.tables()[0].float(),
+            seed=self.settings.seed,
+        )
+
     def install_routers(self, inputs: list[torch.Tensor]) -> None:
         """Makes and fits the method's routers, from inputs x [N, H] of each FFN."""
+
+    def router_weights(self, ffn: SparseFFN) -> float:
+        """What the method reads to choose experts, in weights of 2 bytes; by default its router's parameters."""
+        predictor = getattr(ffn, "predictor", None)
+        return 0.0 if predictor is None else sum(p.numel() for p in predictor.parameters())
+
+    def bytes_read(self) -> float:
+        return self.active_fraction() + sum(map(self.router_weights, self.ffns)) / sum(map(ffn_weights, self.ffns))
 
     @abc.abstractmethod
     def choose(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -126,6 +151,11 @@ class ExpertMethod(Method):
         self.counts = CountRecord(self.ffns)
 
 
+def ffn_weights(ffn: SparseFFN) -> int:
+    """The weights of a dense FFN, without its biases."""
+    return sum(table.numel() for table in ffn.tables())
+
+
 class TopK(ExpertMethod):
     """Runs each token's k experts of the highest score, k the same in all layers.
 
@@ -149,10 +179,10 @@ class TopK(ExpertMethod):
         self.step_budget = budget
 
 
-def largest(scores: torch.Tensor, x: torch.Tensor, budget: float) -> torch.Tensor:
-    """Each token's max(1, budget·E) experts of the highest score, on average over tokens: bool [T, E]."""
+def largest(scores: torch.Tensor, x: torch.Tensor, budget: float, least: float = 1.0) -> torch.Tensor:
+    """Each token's max(least, budget·E) experts of the highest score, on average over tokens: bool [T, E]."""
     experts = scores.shape[-1]
-    wanted = max(1.0, budget * experts)
+    wanted = max(least, budget * experts)
     # Any irrational multiple of a value that varies by much more than 1 after scaling is uniform modulo 1.
     draw = torch.remainder(x[:, :8].float().sum(-1, keepdim=True) * 1618.0339887, 1.0)
     counts = torch.floor(wanted + draw).clamp_(max=experts).long()
@@ -205,7 +235,8 @@ class ThresholdMethod(ExpertMethod):
             if self._batch_budget is not None:
                 return priority < batch_threshold(priority, valid, self._batch_budget)
             if self._priorities is not None:
-                self._priorities[index].append(priority if valid is None else priority[valid])
+                # The device would be full of all layers' priorities.
+                self._priorities[index].append(sample_values(priority, valid))
             return priority < self._thresholds[index]
 
     @torch.no_grad()
@@ -236,7 +267,7 @@ class ThresholdMethod(ExpertMethod):
                 best = (self._thresholds, miss, loss)
             if miss <= _TOLERANCE:
                 break
-            priorities = [torch.cat(values).flatten() for values in self._priorities]
+            priorities = [torch.cat(values) for values in self._priorities]
             if shape == "shared":
                 self._thresholds = [self._shared_threshold(priorities, budget)] * len(self.ffns)
             else:
@@ -273,8 +304,13 @@ class ThresholdMethod(ExpertMethod):
 
 
 def batch_threshold(priority: torch.Tensor, valid: torch.Tensor | None, budget: float) -> torch.Tensor:
-    """The value below which lies the share `budget` of the priorities [T, ...] of valid tokens; a scalar tensor."""
+    """The value below which lies the share `budget` of the priorities [T, ...] of valid tokens; a scalar tensor.
+
+    Of many priorities, a sample tells it (`sample_values`).
+    """
     # The host never waits for the device: a tensor indexes by index_select.
+    if priority.numel() > _SAMPLED_PRIORITIES:
+        priority, valid = sample_values(priority, valid), None
     if valid is not None:
         priority = priority.masked_fill(~valid.unsqueeze(1), float("inf"))
     values = torch.cat([priority.flatten().sort().values, priority.new_full((1,), float("inf"))])
@@ -282,6 +318,26 @@ def batch_threshold(priority: torch.Tensor, valid: torch.Tensor | None, budget: 
         return values[round(priority.numel() * budget)]
     rank = (valid.sum(0, keepdim=True) * (priority.shape[1] * budget)).round().long()
     return values.index_select(0, rank)[0]
+
+
+def sample_values(values: torch.Tensor, valid: torch.Tensor | None, limit: int = _SAMPLED_PRIORITIES) -> torch.Tensor:
+    """All values of valid tokens, or `limit` of them drawn with replacement if there are more: [N].
+
+    Args:
+        values: [T, ...].
+        valid: bool [T]; None for all. The host waits for it only where there are few values.
+    """
+    if values.numel() <= limit:
+        return (values if valid is None else values[valid]).flatten()
+    generator = torch.Generator(values.device).manual_seed(0)  # the same for the same shape
+    rows, width = len(values), values[0].numel()
+    points = torch.rand(limit, generator=generator, device=values.device)
+    if valid is None:
+        tokens = (points * rows).long()
+    else:
+        tokens = torch.searchsorted(valid.cumsum(0), (points * valid.sum()).long(), right=True)
+    columns = torch.randint(width, (limit,), generator=generator, device=values.device)
+    return values.flatten().index_select(0, tokens.clamp_(max=rows - 1) * width + columns)
 
 
 def mass_before(shares: torch.Tensor) -> torch.Tensor:

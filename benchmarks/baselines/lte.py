@@ -39,6 +39,7 @@ class LTE(ThresholdMethod):
     """
 
     name = "lte"
+    expert_width = 32
     one_checkpoint = False
     shapes = ("shared",)
 

@@ -21,6 +21,7 @@ class MoEfication(TopK):
     """
 
     name = "moefication"
+    expert_width = 32
     partition = "weights"
 
     def install_routers(self, inputs: list[torch.Tensor]) -> None:

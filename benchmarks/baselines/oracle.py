@@ -1,4 +1,4 @@
-"""Upper and lower bounds: experts chosen by what they truly contribute, which no router knows, and at random."""
+"""Bounds: experts chosen by what they truly contribute, which no router knows."""
 
 from __future__ import annotations
 
@@ -28,13 +28,8 @@ class OracleTopMass(ThresholdMethod):
         return mass_before(router_target(contributions(ffn, hidden)))
 
 
-class RandomExperts(TopK):
-    """k experts at random."""
+class OracleExperts(OracleTopMass):
+    """The same over experts as wide as other methods have them: the bound of every router of such experts."""
 
-    name = "random"
-
-    def install_routers(self, inputs: list[torch.Tensor]) -> None:
-        self._random = torch.Generator(inputs[0].device).manual_seed(self.settings.seed)
-
-    def scores(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.rand(len(x), ffn.num_experts, device=x.device, generator=self._random)
+    name = "oracle-experts"
+    expert_width = 32

@@ -15,7 +15,7 @@ from baselines.experts import ExpertMethod, TopK
 from prunepath.config import PrunePathConfig
 from prunepath.nn import SparseFFN
 from prunepath.nn.experts import router_target
-from prunepath.train.any_budget import AnyBudget
+from prunepath.train.any_budget import AnyBudget, router_parameters
 from prunepath.train.router import RouterTraining, contributions
 
 
@@ -33,6 +33,9 @@ class _SoftmaxRouted(ExpertMethod):
                 training.observe(chunk, ffn.hidden(chunk))
             training.finish()
             ffn.router.requires_grad_(True)
+
+    def router_weights(self, ffn: SparseFFN) -> float:
+        return sum(p.numel() for p in router_parameters(ffn))
 
     def token_losses(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -81,6 +84,9 @@ class PrunePath(Method):
     def calibrate(self, batches: Sequence[Batch]) -> None:
         self._any_budget.detach()
         prunepath.calibrate(self.model, None, batches)
+
+    def bytes_read(self) -> float:
+        return self.counts.read_fraction
 
     def set_batch_budget(self, budget: float) -> None:
         self._counting.close()

@@ -15,8 +15,10 @@ if not BENCHMARKS.is_dir():
 sys.path.append(str(BENCHMARKS))  # where the benchmarks import each other from; prunepath itself is not there
 
 from baselines import METHODS, Settings, routers  # noqa: E402
+from baselines.copied import rounded  # noqa: E402
 from baselines.d2dmoe import square_hoyer  # noqa: E402
-from baselines.experts import ExpertMethod, batch_threshold, largest, mass_before  # noqa: E402
+from baselines.experts import ExpertMethod, TopK, batch_threshold, largest, mass_before, sample_values  # noqa: E402
+from baselines.teal import shares_at  # noqa: E402
 
 from prunepath.errors import PrunePathError  # noqa: E402
 from prunepath.families import find_ffns  # noqa: E402
@@ -25,7 +27,8 @@ from prunepath.nn.observers import padding_masks  # noqa: E402
 VOCABULARY = 97
 BUDGETS = (0.3, 0.5)
 SETTINGS = Settings(expert_width=8, router_rank=16, budgets=BUDGETS, seed=0)
-ROUTED = ["prunepath", *(name for name, method in METHODS.items() if issubclass(method, ExpertMethod))]
+ROUTED = ["prunepath", "teal", *(name for name, method in METHODS.items() if issubclass(method, ExpertMethod))]
+COPIES = [name for name in METHODS if name.startswith("copy-")]
 STATIC = [name for name in METHODS if name.startswith("static-")]
 
 
@@ -75,9 +78,25 @@ def _short_router_training(monkeypatch):
 _PADDING = contextlib.ExitStack()
 
 
+class RandomExperts(TopK):
+    """k experts at random: what every router has to beat."""
+
+    name = "random"
+    expert_width = 8
+
+    def install_routers(self, inputs):
+        self._random = torch.Generator().manual_seed(0)
+
+    def scores(self, ffn, x, hidden):
+        return torch.rand(len(x), ffn.num_experts, generator=self._random)
+
+
 def make_method(name: str, family: str, budget: float = 0.5, **attributes):
-    """An installed method, inside `padding_masks` as the harness has it."""
-    method_class = type(METHODS[name].__name__, (METHODS[name],), attributes)
+    """An installed method, inside `padding_masks` as the harness has it; of wide experts there would be two here."""
+    base = {**METHODS, "random": RandomExperts}[name]
+    if getattr(base, "expert_width", None) == 32:
+        attributes.setdefault("expert_width", 8)
+    method_class = type(base.__name__, (base,), attributes)
     method = method_class(make_model(family), SETTINGS, None if method_class.one_checkpoint else budget)
     method.install(TRAINING)
     _PADDING.enter_context(padding_masks(method.model))
@@ -149,7 +168,7 @@ def test_budget_one_is_the_dense_model(name, family):
     assert method.active_fraction() == 1.0
 
 
-@pytest.mark.parametrize("name", [name for name in ROUTED if name != "random"])
+@pytest.mark.parametrize("name", ROUTED)
 def test_padding_changes_neither_routers_nor_counts(name):
     def padded_with(token):
         batches = []
@@ -311,14 +330,15 @@ def test_lte_weighs_efficiency_until_the_budget_is_met():
 
 
 def test_methods_for_one_budget_ask_for_it():
-    for name in (*STATIC, "lte"):
+    for name in (*STATIC, "lte", "cmoe"):
         assert not METHODS[name].one_checkpoint
         with pytest.raises(PrunePathError, match=f"Expected a budget for {name}"):
             METHODS[name](make_model("llama"), SETTINGS).install(TRAINING)
 
 
-def test_uncalibrated_budgets_are_refused():
-    method = make_method("d2dmoe-absolute", "llama")
+@pytest.mark.parametrize("name", ["d2dmoe-absolute", "teal"])
+def test_uncalibrated_budgets_are_refused(name):
+    method = make_method(name, "llama")
     method.calibrate(CALIBRATION)
     with pytest.raises(PrunePathError, match=r"calibrated budgets \[0\.3, 0\.5\]"):
         method.set_budget(0.4)
@@ -361,3 +381,198 @@ def test_batch_threshold_is_the_quantile_over_valid_tokens():
 def test_mass_before_sums_larger_shares():
     shares = torch.tensor([[0.2, 0.5, 0.3]])
     torch.testing.assert_close(mass_before(shares), torch.tensor([[0.8, 0.0, 0.5]]))
+
+
+def test_many_values_are_sampled_from_valid_tokens():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(4000, 300, generator=generator)
+    valid = torch.rand(4000, generator=generator) < 0.5
+    values[~valid] += 5.0
+    threshold = batch_threshold(values, valid, 0.3)  # 1.2 million
+    assert (values[valid] < threshold).float().mean() == pytest.approx(0.3, abs=0.002)
+    assert sample_values(values, valid).max() < 1.0
+    assert (values < batch_threshold(values, None, 0.3)).float().mean() == pytest.approx(0.3, abs=0.002)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_copies_of_a_method_are_independent(name):
+    method = make_method(name, "llama")
+    method.calibrate(CALIBRATION)
+    twin = copy.deepcopy(method)
+    _PADDING.enter_context(padding_masks(twin.model))
+    method.set_budget(0.5)
+    twin.set_budget(0.5)
+    expected = logits_of(method.model)
+    fraction = method.active_fraction()
+    torch.testing.assert_close(logits_of(twin.model), expected)
+    assert (twin.active_fraction(), twin.bytes_read()) == (fraction, method.bytes_read())
+    with torch.no_grad():
+        for weight in down_projections(twin.model):
+            weight.zero_()
+    torch.testing.assert_close(logits_of(method.model), expected)
+
+
+# H = 32 and D = 64, so that a gated FFN has 3·32·64 = 6144 weights, and an ungated one 4096.
+ROUTER_BYTES = {
+    "dense": (0, 0),
+    "oracle-topk": (0, 0),
+    "oracle-topmass": (0, 0),
+    "oracle-experts": (0, 0),
+    "teal": (0, 0),
+    "moefication": (32 * 8 + 8 + 8 * 8 + 8, 32 * 8 + 8 + 8 * 8 + 8),
+    "lte": (32 * 8 + 8, 32 * 8 + 8),
+    "d2dmoe-relative": (32 * 128 + 128 + 128 * 8 + 8, 32 * 128 + 128 + 128 * 8 + 8),
+    "topk": (32 * 16 + 16 * 8 + 8, 32 * 16 + 16 * 8 + 8),
+    "prunepath": (32 * 16 + 16 * 8 + 8, 32 * 16 + 16 * 8 + 8),
+    "cmoe": (12 * 2 * 32, 12 * 32),
+    # 2, 3 or 4 bits for each weight of gate and up, and 16 for the scale of each row of 32.
+    "copy-2bit": (2 * 64 * (32 * 2 + 16) / 16, 64 * (32 * 2 + 16) / 16),
+    "copy-3bit": (2 * 64 * (32 * 3 + 16) / 16, 64 * (32 * 3 + 16) / 16),
+    "copy-4bit": (2 * 64 * (32 * 4 + 16) / 16, 64 * (32 * 4 + 16) / 16),
+}
+
+
+@pytest.mark.parametrize("name", ROUTER_BYTES)
+def test_bytes_are_those_of_active_neurons_and_the_router(name, family):
+    method = make_method(name, family)
+    method.calibrate(CALIBRATION)
+    method.set_budget(0.5)
+    logits_of(method.model)
+    router = ROUTER_BYTES[name][family == "opt"] / (4096 if family == "opt" else 6144)
+    assert method.bytes_read() == pytest.approx(method.active_fraction() + router)
+
+
+def test_bytes_of_static_pruning_are_what_it_keeps():
+    assert make_method("static-wanda", "llama", budget=0.25).bytes_read() == 0.25
+
+
+def test_cats_reads_the_gate_whole(family):
+    method = make_method("cats", family)
+    method.calibrate(CALIBRATION)
+    method.set_budget(0.3)
+    logits_of(method.model)
+    whole = 1 / 2 if family == "opt" else 1 / 3
+    assert method.bytes_read() == pytest.approx(whole + (1 - whole) * method.active_fraction())
+    assert method.per_layer() == pytest.approx([0.3, 0.3], abs=0.005)
+
+
+def test_cats_keeps_the_largest_gates():
+    method = make_method("cats", "llama")
+    ffn = method.ffns[0]
+    x = torch.randn(50, 32)
+    priority = method.priority(ffn, x, ffn.hidden(x))
+    gates = torch.nn.functional.silu(ffn.projection("gate_proj")(x)).abs()
+    torch.testing.assert_close(priority, -gates)
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copied_routers_are_between_the_oracle_and_chance(name, family):
+    dense = logits_of(make_model(family))
+    errors = {}
+    for each in ("oracle-topmass", name, "random"):
+        method = make_method(each, family)
+        method.calibrate(CALIBRATION)
+        method.set_budget(0.5)
+        errors[each] = error_of(method, dense)
+    assert errors["oracle-topmass"] < errors[name] < errors["random"]
+
+
+def test_copied_routers_follow_the_weights():
+    method = make_method("copy-4bit", "llama")
+    before = method.ffns[0].copied.clone()
+    with torch.no_grad():
+        method.ffns[0].projection("gate_proj").weight.mul_(2)
+    method.before_step(0.5)
+    torch.testing.assert_close(method.ffns[0].copied[0], 2 * before[0])
+    torch.testing.assert_close(method.ffns[0].copied[1], before[1])
+
+
+def test_rounding_keeps_to_its_grid_and_gets_finer():
+    weights = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for bits, group in ((2, 128), (3, 64), (4, 64)):
+        copied = rounded(weights, bits, group)
+        for part in copied.unflatten(1, (-1, group)).flatten(0, 1):
+            assert len(part.unique()) <= 2**bits
+        errors.append(((copied - weights).square().mean() / weights.square().mean()).item())
+    # The best uniform grids for a normal distribution have errors of 0.119, 0.037 and 0.0115 (Max, 1960).
+    assert 0.10 < errors[0] < 0.125 and errors[1] < 0.05 and errors[2] < 0.015
+    assert rounded(torch.zeros(2, 64), 3, 64).abs().max() == 0
+
+
+def test_cmoe_shares_the_neurons_that_are_active_most():
+    """Neurons that are large for every token are always on, and half of a token's experts are shared."""
+    model = make_model("opt")
+    loud = torch.tensor([5, 11, 30, 63])  # one expert of sixteen
+    with torch.no_grad():
+        for layer in model.model.decoder.layers:
+            layer.fc1.weight[loud] = 0
+            layer.fc1.bias[loud] = 100.0
+    method = METHODS["cmoe"](model, SETTINGS, 0.125)
+    method.install(TRAINING)
+    assert method.num_shared == 1
+    for ffn in method.ffns:
+        assert (ffn.biases()[0][:4] == 100.0).all()
+    assert make_method("cmoe", "llama", budget=0.5).num_shared == 4
+
+
+def test_cmoe_scores_are_those_of_representatives():
+    method = make_method("cmoe", "llama")
+    for ffn in method.ffns:
+        assert (ffn.representatives // 4).tolist() == list(range(4, 16))
+    ffn = method.ffns[0]
+    x = torch.randn(40, 32)
+    hidden = ffn.hidden(x)
+    method.set_budget(0.5)
+    mask = method.choose(ffn, x, hidden)
+    assert mask[:, :4].all() and mask[:, 4:].sum(-1).unique().tolist() == [4]
+    values = hidden[:, ffn.representatives].abs()
+    best = torch.zeros_like(values).scatter_(1, values.topk(4).indices, 1.0).bool()
+    assert torch.equal(mask[:, 4:], best)
+
+
+def test_teal_keeps_the_largest_entries():
+    method = make_method("teal", "llama")
+    method.calibrate(CALIBRATION)
+    method.set_budget(0.5)
+    seen = []
+    ffn = method.ffns[0]
+    ffn.projection("gate_proj").register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    inputs = []
+    ffn.register_input_hook(lambda ffn, x: inputs.append(x))
+    logits_of(method.model)
+    for x, read in zip(inputs, seen, strict=True):
+        kept = read != 0
+        assert torch.equal(read[kept], x[kept])
+        assert x[kept].abs().min() > x[~kept].abs().max()
+
+
+def test_teal_thins_first_what_costs_nothing():
+    """Half of the activations are zero after ReLU: the search takes those before anything else."""
+    method = make_method("teal", "opt")
+    for path in method._paths:
+        up, down = shares_at(path, 0.8)
+        assert up == 1.0 and down == pytest.approx(0.6)
+        assert sum(shares_at(path, 0.3)) / 2 == pytest.approx(0.3)
+    errors = {}
+    dense = logits_of(make_model("opt"))
+    for searched in (True, False):
+        if not searched:
+            method._paths = [[(1.0, (1.0, 1.0)), (0.0, (0.0, 0.0))]] * 2
+        method.set_batch_budget(0.6)
+        errors[searched] = error_of(method, dense)
+    assert errors[True] < errors[False]
+
+
+def test_partitions_are_kept_by_width(tmp_path):
+    for name, width in (("moefication", 8), ("moefication", 16), ("cmoe", None)):
+        base = METHODS[name]
+        method_class = type(base.__name__, (base,), {"expert_width": width})
+        settings = Settings(expert_width=4, router_rank=16, budgets=BUDGETS, seed=0, partitions=tmp_path)
+        first, again = (method_class(make_model("llama"), settings, 0.5) for _ in range(2))
+        for method in (first, again):
+            method.install(TRAINING)
+        assert first.ffns[0].expert_width == (width or 4)
+        for a, b in zip(down_projections(first.model), down_projections(again.model), strict=True):
+            assert torch.equal(a, b)
+    assert len(list(tmp_path.iterdir())) == 6
