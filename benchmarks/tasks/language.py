@@ -85,7 +85,9 @@ class ChatTask(LanguageTask):
     def read(self, split: str) -> list[Example]:
         pairs = [(question, answer.strip()) for question, answer in self.pairs(split)]
         turns = [chat_turn(self.tokenizer, *pair) for pair in pairs]
-        prompts = self.encode([prompt for prompt, _ in turns], special=False)
+        # A chat template writes the special tokens itself.
+        special = False if getattr(self.tokenizer, "chat_template", None) else None
+        prompts = self.encode([prompt for prompt, _ in turns], special)
         replies = self.encode([reply for _, reply in turns], special=False)
         prompts = [prompt[-max(1, LONGEST_CHAT - len(reply)) :] for prompt, reply in zip(prompts, replies, strict=True)]
         return [
