@@ -47,7 +47,9 @@ class TEAL(Method):
         self._inputs: list[list[ThinnedInput]] = []
         for ffn in self.ffns:
             ffn.selector = _everything
-            self._inputs.append([ThinnedInput(ffn, name) for name in ffn.layout.projections])
+            thinned = {name: ThinnedInput(ffn, name) for name in ffn.layout.projections}
+            self._inputs.append(list(thinned.values()))
+            ffn._call = _ThinnedCalls(ffn, thinned)  # not forward hooks, which not all families' projections get
         self._draws = random.Random(self.settings.seed)
         self._table: dict[float, list[list[torch.Tensor]]] = {}
         self._search(batches)
@@ -100,7 +102,7 @@ class TEAL(Method):
 
 
 class ThinnedInput:
-    """A hook before a projection: entries whose magnitude is at most a threshold become zero.
+    """What a projection reads: entries whose magnitude is at most a threshold become zero.
 
     Attributes:
         weight: the projection's share of the FFN's weights.
@@ -114,7 +116,6 @@ class ThinnedInput:
         self.weight = ffn.matrix(name).numel() / sum(table.numel() for table in ffn.tables())
         self.share, self.mode, self.threshold = 1.0, None, None
         self.reset()
-        ffn.projection(name).register_forward_pre_hook(self)
 
     def reset(self) -> None:
         """Forgets how many entries were kept."""
@@ -123,8 +124,8 @@ class ThinnedInput:
     def kept_share(self) -> float:
         return float(self._kept) / float(self._seen) if torch.is_tensor(self._seen) or self._seen else float("nan")
 
-    def __call__(self, projection: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        values = args[0]
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` [T, F] with zeros."""
         valid = None if self.mode == "all" else valid_tokens(self._ffn, len(values))
         with torch.no_grad():
             magnitudes = values.detach().abs()
@@ -137,13 +138,24 @@ class ThinnedInput:
             counts = kept.sum(-1)
             self._kept = self._kept + (counts.sum() if valid is None else (counts * valid).sum())
             self._seen = self._seen + values.shape[-1] * (len(values) if valid is None else valid.sum())
-        return (values if self.threshold is None else torch.where(kept, values, 0.0),)
+        return values if self.threshold is None else torch.where(kept, values, 0.0)
 
     def _quantile(self, magnitudes: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         if self.mode == "all":  # the search asks often
             magnitudes = sample_values(magnitudes, None, _SAMPLED_MAGNITUDES)
         # The largest come first, so that those that tie at the threshold go.
         return -batch_threshold(-magnitudes.float(), valid, self.share)
+
+
+class _ThinnedCalls:
+    """Calls an FFN's projections on what is left of their inputs."""
+
+    def __init__(self, ffn: SparseFFN, thinned: dict[str, ThinnedInput]) -> None:
+        self._ffn = ffn
+        self._thinned = thinned
+
+    def __call__(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return type(self._ffn)._call(self._ffn, name, self._thinned[name](x))
 
 
 def _everything(ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
