@@ -9,11 +9,13 @@ from typing import Any, Literal, get_args
 from prunepath.errors import PrunePathError
 
 Partition = Literal["coactivation", "weights", "contiguous", "random"]
+RouterForm = Literal["linear", "factored"]
 Autocast = Literal["none", "bfloat16", "float16"]
 Backbone = Literal["full", "lora", "frozen"]
 Backend = Literal["auto", "triton", "cuda", "cpu", "reference"]
 PARTITIONS = get_args(Partition)
 AUTOCASTS = get_args(Autocast)
+ROUTER_FORMS = get_args(RouterForm)
 BACKBONES = get_args(Backbone)
 
 
@@ -26,6 +28,8 @@ class PrunePathConfig:
             finest, unless `num_experts` is given.
         num_experts: experts E = D / n of every FFN, which is the other way to say it.
         router_rank: rank r of the routers; 0 is full rank. By default it suits the model's hidden size.
+        router_form: how routers tell what an expert will contribute (`prunepath.nn.Router`): `factored`, the default for
+            experts of one neuron, estimates its activation; `linear`, the default for wider ones, its logit.
         partition: how neurons are grouped where an expert has several: `coactivation`, `weights`, `contiguous` or
             `random`. With one neuron an expert they keep their order.
         min_experts: experts that always run, per token.
@@ -43,6 +47,7 @@ class PrunePathConfig:
     expert_width: int | None = None
     num_experts: int | None = None
     router_rank: int | None = None
+    router_form: RouterForm | None = None
     partition: Partition = "coactivation"
     min_experts: int = 1
     max_experts: int = 0
@@ -56,6 +61,8 @@ class PrunePathConfig:
 
     def __post_init__(self) -> None:
         _check_choice("partition", self.partition, PARTITIONS)
+        if self.router_form is not None:
+            _check_choice("router_form", self.router_form, ROUTER_FORMS)
         _check_choice("autocast", self.autocast, AUTOCASTS)
         least = dict.fromkeys([f.name for f in dataclasses.fields(self) if f.name.endswith("_tokens")], 1)
         least |= {"expert_width": 1, "num_experts": 1, "router_rank": 0, "min_experts": 1, "max_experts": 0}
@@ -101,6 +108,20 @@ class PrunePathConfig:
                 f"{intermediate_size}, got {self.min_experts} and {self.max_experts}."
             )
         return experts
+
+    def form_of(self, intermediate_size: int) -> RouterForm:
+        """The form of the router of an FFN of this width.
+
+        Raises:
+            PrunePathError: for a factored router of experts of several neurons.
+        """
+        is_fine = self.experts_of(intermediate_size) == intermediate_size
+        if self.router_form == "factored" and not is_fine:
+            raise PrunePathError(
+                "Expected experts of one neuron with router_form 'factored', got wider ones: give expert_width=1 or "
+                "router_form='linear'."
+            )
+        return self.router_form or ("factored" if is_fine else "linear")
 
     def rank_of(self, hidden_size: int) -> int:
         """r of the router of an FFN with this hidden size; 0 is full rank."""

@@ -25,7 +25,7 @@ class SparseDescription:
     """The contents of `quantization_config`.
 
     Attributes:
-        config: how the model was converted; its expert width or number and its router rank are those in force.
+        config: how the model was converted; its expert width or number and its routers' rank and form are those in force.
         ffns: dotted paths of the FFNs in the model without its head, in the order of its modules.
         thresholds: the current threshold of each FFN.
         budgets: calibrated table, budget -> threshold of each FFN; empty for a model that was not calibrated.
@@ -148,6 +148,7 @@ def install(model: nn.Module, config: PrunePathConfig) -> dict[str, SparseFFN]:
         site.path: site.install(
             config.experts_of(site.intermediate_size),
             router_rank=config.rank_of(site.hidden_size),
+            router_form=config.form_of(site.intermediate_size),
             min_experts=config.min_experts,
             max_experts=config.max_experts,
         )

@@ -195,11 +195,13 @@ def backbone_owner(model: nn.Module) -> nn.Module:
 
 
 def config_in_force(config: PrunePathConfig, sites: Sequence[FFNSite]) -> PrunePathConfig:
-    """The configuration with the expert width and the router rank that it leaves to defaults."""
+    """The configuration with the expert width, the routers' rank and their form that it leaves to defaults."""
     ranks = {config.rank_of(site.hidden_size) for site in sites}
     rank = ranks.pop() if len(ranks) == 1 else config.router_rank
     width = config.expert_width if config.num_experts is not None else config.expert_width or 1
-    return dataclasses.replace(config, expert_width=width, router_rank=rank)
+    forms = {config.form_of(site.intermediate_size) for site in sites}
+    form = forms.pop() if len(forms) == 1 else config.router_form
+    return dataclasses.replace(config, expert_width=width, router_rank=rank, router_form=form)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from prunepath import ops
+from prunepath.config import RouterForm
 from prunepath.errors import PrunePathError
 from prunepath.nn.layout import FFNLayout, is_plain, lay_out
 from prunepath.nn.router import Router
@@ -41,6 +42,7 @@ class SparseFFN(nn.Module):
         layout: their names, and the activation.
         num_experts: E; divides the intermediate size D.
         router_rank: r of the router; 0 is full rank.
+        router_form: of the router; `factored` needs experts of one neuron.
         min_experts, max_experts: bounds on a token's experts; `max_experts` 0 means all.
         adopt: register the layout's parts here, under their names, because this module replaces `dense`; False leaves
             them with `dense`.
@@ -60,6 +62,7 @@ class SparseFFN(nn.Module):
         num_experts: int,
         *,
         router_rank: int = 0,
+        router_form: RouterForm = "linear",
         min_experts: int = 1,
         max_experts: int = 0,
         adopt: bool = True,
@@ -83,7 +86,16 @@ class SparseFFN(nn.Module):
         # A tuple, so that an owner does not become a submodule of its FFN.
         self._owner = () if adopt else (dense,)
         weight = self.projection(layout.up).weight
-        self.router = Router(self.hidden_size, num_experts, router_rank, device=weight.device, dtype=weight.dtype)
+        factors = 0 if router_form == "linear" else 1 if layout.gate is None else 2
+        self.router = Router(
+            self.hidden_size,
+            num_experts,
+            router_rank,
+            factors=factors,
+            activation=layout.activation,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
         threshold = torch.ones((), dtype=torch.float32, device=weight.device)
         self.register_buffer("_threshold", threshold, persistent=False)
         self.register_buffer("_request_thresholds", None, persistent=False)
@@ -125,7 +137,7 @@ class SparseFFN(nn.Module):
 
     def is_served_by_kernels(self, x: torch.Tensor) -> bool:
         """Whether x [T, H] is served by `run_kernels` or `executor`, which read the active experts alone."""
-        if torch.is_grad_enabled() or self.selector is not None or (self.layout.dropout and self.training):
+        if self.router.factors or torch.is_grad_enabled() or self.selector is not None or (self.layout.dropout and self.training):
             return False
         if forward_ad._current_level >= 0:
             return False  # forward-mode derivatives (torch.func.jvp), for which gradients need not be enabled

@@ -21,6 +21,8 @@ ACTIVATIONS = {
     "silu": F.silu,
     "relu2": lambda x: F.relu(x).square(),
 }
+ROUTER_ACTIVATIONS = ACTIVATIONS | {"relu": F.softplus, "relu2": lambda x: F.softplus(x).square()}
+"""What a factored router applies in an activation's place: smooth, so that estimates below zero keep their order."""
 
 
 def mass(logits: Tensor) -> Tensor:
@@ -93,14 +95,29 @@ def pack_experts(gate: Tensor | None, up: Tensor, down: Tensor, order: Tensor | 
     return [table.clone(memory_format=torch.contiguous_format) for table in tables]
 
 
-def router_logits(x: Tensor, router_in: Tensor | None, router_out: Tensor, router_bias: Tensor | None) -> Tensor:
-    """z = W_out·(W_in·x) + b, or W_out·x + b at full rank: [T, E] in float32, or float64 for float64 inputs."""
+def router_logits(
+    x: Tensor,
+    router_in: Tensor | None,
+    router_out: Tensor,
+    router_bias: Tensor | None = None,
+    router_floor: Tensor | None = None,
+    router_log_scale: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """z [T, E] of `prunepath.ops.routed_ffn`: in float32, or float64 for float64 inputs."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    z = x.to(wide)
+    v = x.to(wide)
     for weight in (router_in, router_out):
         if weight is not None:
-            z = z @ weight.to(wide).t()
-    return z if router_bias is None else z + router_bias.to(wide)
+            v = v @ weight.to(wide).t()
+    if router_bias is not None:
+        v = v + router_bias.to(wide)
+    if router_log_scale is None:
+        return v
+    first, *others = v.unflatten(-1, (-1, len(router_log_scale))).unbind(-2)
+    factors = torch.cat([ROUTER_ACTIVATIONS[activation](first), *others], -1)
+    logs = 0.5 * torch.log(factors.square() + router_floor.to(wide).square())
+    return logs.unflatten(-1, (-1, len(router_log_scale))).sum(-2) + router_log_scale.to(wide)
 
 
 def sparse_ffn(

@@ -227,7 +227,8 @@ def is_router(name: str) -> bool:
 def router_parameters(ffn: SparseFFN) -> list[nn.Parameter]:
     """The parameters of an FFN's router; of one that peft trains a copy of, the copy's."""
     router = ffn.router
-    return [p for p in (router.w_in, router.w_out, router.bias) if p is not None]
+    parameters = (router.w_in, router.w_out, router.bias, router.floor, router.log_scale)
+    return [p for p in parameters if p is not None]
 
 
 def _sample(ffn: SparseFFN, x: torch.Tensor, start: int = 0) -> torch.Tensor | slice:

@@ -11,10 +11,13 @@ from torch.nn import functional as F
 
 from prunepath.nn import SparseFFN
 from prunepath.nn.experts import expert_contributions, router_target
+from prunepath.ops import reference
 
 RECALL_FRACTION = 0.25
 _MINIBATCH = 128
 _WARM_UP = 0.05
+_RIDGE = 1e-4
+_LEAST_MISS = 1e-4
 
 
 def contributions(ffn: SparseFFN, hidden: torch.Tensor) -> torch.Tensor:
@@ -50,96 +53,163 @@ class RouterQuality:
 class RouterTraining:
     """Trains one FFN's router on the tokens that stream through the dense model, each seen once.
 
-    Loss: KL(c/Σc ‖ softmax(z)), with c the experts' contributions (`expert_contributions`). The input is standardised
-    by the first call's mean and deviation, so that one learning rate suits every model, and the scaling is folded into
-    the weights at the end.
+    Loss: KL(c/Σc ‖ softmax(z)), with c the experts' contributions (`expert_contributions`). A linear router begins at
+    random, on inputs standardised by the first call's mean and deviation, so that one learning rate suits every model;
+    the scaling is folded into the weights at the end. A factored one begins as the rank-r map that is nearest to the
+    FFN's own input projections on the first call's tokens, and its learning rates are relative to its weights.
 
     Args:
-        ffn: whose router is trained, of the rank that it has.
-        learning_rate: peak learning rate of AdamW.
+        ffn: whose router is trained, of the form and rank that it has.
+        learning_rate: peak learning rate of AdamW; a factored router's is a tenth of it.
         seed: of the initial W_in and the order of tokens.
     """
 
     def __init__(self, ffn: SparseFFN, learning_rate: float, seed: int = 0) -> None:
-        router = ffn.router
-        device, rank, hidden_size = router.w_out.device, router.rank, ffn.hidden_size
         self.ffn = ffn
-        self.mean = self.std = None
+        self.learning_rate = learning_rate
         self.seed = seed
         self.calls = 0
-        self.w_in = None
-        # A step of Adam moves every weight by about the learning rate, and so a result by the fan-in times that.
-        groups = [{"params": [], "peak": learning_rate / math.sqrt(hidden_size)}]
-        if rank:
-            generator = torch.Generator().manual_seed(seed)
-            w_in = torch.randn(rank, hidden_size, generator=generator, dtype=torch.float32) / math.sqrt(hidden_size)
-            self.w_in = w_in.to(device)
-            groups[0]["params"] = [self.w_in]
-        self.w_out = torch.zeros(router.w_out.shape, dtype=torch.float32, device=device)
-        self.bias = torch.zeros(router.bias.shape, dtype=torch.float32, device=device)
-        groups.append({"params": [self.w_out, self.bias], "peak": learning_rate / math.sqrt(rank or hidden_size)})
-        groups = [group for group in groups if group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        self.progress = 0.0
+        self.mean = self.std = self.optimizer = None
+        self.weights: dict[str, torch.Tensor] = {}
+        """The router's parameters by name, float32, in units of standardised inputs."""
 
     def schedule(self, progress: float) -> None:
         """Sets the learning rate for the share `progress` in [0, 1] of all tokens seen: warm-up, then cosine."""
-        factor = min(1.0, (progress + 1e-3) / _WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, progress)))
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+        self.progress = progress
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor, hidden: torch.Tensor) -> None:
         """Trains on tokens' inputs x [T, H] and activations [T, D]: T / 128 optimiser steps."""
         target = router_target(contributions(self.ffn, hidden))
         x = x.float()
-        if self.mean is None:
-            std, self.mean = torch.std_mean(x, 0, correction=0)
-            # A feature that hardly varies in the first tokens may do so later.
-            self.std = std.clamp_(min=1e-3 * std.mean().item() + 1e-6)
-        inputs = (x - self.mean) / self.std
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed + self.calls))
-        self.calls += 1
         with torch.autocast(x.device.type, enabled=False):
+            if not self.is_begun:
+                self._begin(x)
+            factor = min(1.0, (self.progress + 1e-3) / _WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * self.progress))
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            inputs = (x - self.mean) / self.std
+            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed + self.calls))
+            self.calls += 1
             for rows in order.to(x.device).split(_MINIBATCH):
                 self._step(inputs[rows], target[rows])
 
+    def _begin(self, x: torch.Tensor) -> None:
+        if self.ffn.router.factors:
+            self.mean, self.std = torch.zeros_like(x[0]), torch.ones_like(x[0])
+            weights = factored_weights(self.ffn, x)
+            rates = {name: 0.1 * self.learning_rate * weight.square().mean().sqrt() for name, weight in weights.items()}
+            rates["log_scale"] = 0.1 * self.learning_rate
+            # A bias moves by as much as what it is added to.
+            rates["bias"] = rates["w_out"] * weights["w_out"].shape[1] ** 0.5
+        else:
+            std, self.mean = torch.std_mean(x, 0, correction=0)
+            # A feature that hardly varies in the first tokens may do so later.
+            self.std = std.clamp_(min=1e-3 * std.mean().item() + 1e-6)
+            weights = self._random_weights(x.device)
+            # A step of Adam moves every weight by about the learning rate, and so a result by the fan-in times that.
+            rates = {name: self.learning_rate / math.sqrt(weights["w_out"].shape[1]) for name in weights}
+            rates["w_in"] = self.learning_rate / math.sqrt(self.ffn.hidden_size)
+        self._train(weights, {name: float(rates[name]) for name in weights})
+
+    def _random_weights(self, device: torch.device) -> dict[str, torch.Tensor]:
+        router, weights = self.ffn.router, {}
+        if router.rank:
+            generator = torch.Generator().manual_seed(self.seed)
+            w_in = torch.randn(router.rank, self.ffn.hidden_size, generator=generator, dtype=torch.float32)
+            weights["w_in"] = (w_in / math.sqrt(self.ffn.hidden_size)).to(device)
+        for name in ("w_out", "bias"):
+            weights[name] = torch.zeros(getattr(router, name).shape, dtype=torch.float32, device=device)
+        return weights
+
+    def _train(self, weights: dict[str, torch.Tensor], rates: dict[str, float]) -> None:
+        self.weights, self.rates = weights, rates
+        groups = [{"params": [weight.requires_grad_(True)], "peak": rates[name]} for name, weight in weights.items()]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+
     def _step(self, x: torch.Tensor, share: torch.Tensor) -> None:
-        """One step along the gradient of the KL, which at the logits is softmax(z) − c/Σc."""
-        inner = x if self.w_in is None else x @ self.w_in.t()
-        error = torch.addmm(self.bias, inner, self.w_out.t()).softmax(-1).sub_(share).div_(len(x))
-        self.bias.grad = error.sum(0)
-        self.w_out.grad = error.t() @ inner
-        if self.w_in is not None:
-            self.w_in.grad = (error @ self.w_out).t() @ x
+        names = {"w_in": None, "floor": None, "log_scale": None} | self.weights
+        with torch.enable_grad():
+            logits = reference.router_logits(
+                x,
+                names["w_in"],
+                names["w_out"],
+                names["bias"],
+                names["floor"],
+                names["log_scale"],
+                self.ffn.router.activation,
+            )
+            loss = F.kl_div(logits.log_softmax(-1), share, reduction="batchmean")
+        self.optimizer.zero_grad()
+        loss.backward()
         self.optimizer.step()
 
     @property
     def is_begun(self) -> bool:
         """Whether it has seen tokens."""
-        return self.mean is not None
+        return self.optimizer is not None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a training that goes on later needs, beside what the constructor takes."""
-        names = ("calls", "mean", "std", "w_in", "w_out", "bias")
-        return {**{name: getattr(self, name) for name in names}, "optimizer": self.optimizer.state_dict()}
+        """What a training that goes on later needs, beside what the constructor takes; after it has begun."""
+        weights = {name: weight.detach() for name, weight in self.weights.items()}
+        state = {name: getattr(self, name) for name in ("calls", "mean", "std", "rates")}
+        return {**state, "weights": weights, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.calls, self.mean, self.std = state["calls"], state["mean"], state["std"]
-        for name in ("w_in", "w_out", "bias"):
-            if state[name] is not None:
-                getattr(self, name).copy_(state[name])
+        self._train({name: weight.clone() for name, weight in state["weights"].items()}, state["rates"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     @torch.no_grad()
     def finish(self) -> None:
         """Writes the trained weights, in the units of the raw input, into the FFN's router."""
-        router = self.ffn.router
-        first = (self.w_out if self.w_in is None else self.w_in) / self.std
-        shift = first @ self.mean
-        if self.w_in is None:
-            router.w_out.copy_(first)
-            router.bias.copy_(self.bias - shift)
-        else:
-            router.w_in.copy_(first)
-            router.w_out.copy_(self.w_out)
-            router.bias.copy_(self.bias - self.w_out @ shift)
+        weights = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        first = "w_in" if "w_in" in weights else "w_out"
+        weights[first] /= self.std
+        shift = weights[first] @ self.mean
+        weights["bias"] -= shift if first == "w_out" else weights["w_out"] @ shift
+        for name, weight in weights.items():
+            getattr(self.ffn.router, name).copy_(weight)
+
+
+def factored_weights(ffn: SparseFFN, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A factored router that estimates the FFN's own pre-activations: its parameters by name, float32.
+
+    W_out·W_in is the matrix of its rank that is nearest to the input projections W, in the mean square of what it is
+    applied to: deviations of x from their mean, of covariance C = R·Rᵀ. That is the truncated singular value
+    decomposition of W·R, times R⁻¹. What it misses is the floor.
+
+    Args:
+        x: inputs float32 [T, H].
+    """
+    router = ffn.router
+    *inputs, down_t = ffn.tables()
+    wanted = torch.cat([table.float() for table in inputs])  # [F·E, H]
+    mean = x.mean(0)
+    deviations = x - mean
+    covariance = deviations.t() @ deviations / len(x)
+    covariance += _RIDGE * covariance.diagonal().mean() * torch.eye(x.shape[1], device=x.device)
+    values, vectors = torch.linalg.eigh(covariance)
+    root = values.clamp(min=1e-12).sqrt()
+    spread = wanted @ (vectors * root)  # W·R
+    total = spread.square().sum(1)
+    weights, product = {}, wanted
+    if router.rank:
+        leading = torch.linalg.eigh(spread.t() @ spread).eigenvectors[:, -router.rank :]
+        w_in, w_out = (vectors / root @ leading).t(), spread @ leading
+        # Factors of one size suit half precision, and one learning rate.
+        balance = (w_out.square().mean() / w_in.square().mean()).sqrt().sqrt()
+        weights["w_in"], w_out = (w_in * balance).contiguous(), w_out / balance
+        product = w_out @ weights["w_in"]
+        missed = (total - (spread @ leading).square().sum(1)).clamp(min=0)
+    else:
+        w_out, missed = wanted.clone(), torch.zeros_like(total)
+    bias = (wanted - product) @ mean
+    for index, own in enumerate(ffn.biases()[:-1]):
+        if own is not None:
+            bias[index * router.num_experts : (index + 1) * router.num_experts] += own.float()
+    floor = missed.clamp(min=_LEAST_MISS * total.mean()).sqrt()
+    floor[: router.num_experts] *= 0.5  # an activation halves errors around zero
+    log_scale = down_t.float().norm(dim=1).clamp(min=1e-12).log()
+    return {**weights, "w_out": w_out, "bias": bias, "floor": floor, "log_scale": log_scale}
