@@ -125,10 +125,10 @@ class ThinnedInput:
         return float(self._kept) / float(self._seen) if torch.is_tensor(self._seen) or self._seen else float("nan")
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` [T, F] with zeros."""
-        valid = None if self.mode == "all" else valid_tokens(self._ffn, len(values))
+        """`values` [..., F] with zeros."""
         with torch.no_grad():
-            magnitudes = values.detach().abs()
+            magnitudes = values.detach().abs().flatten(0, -2)
+            valid = None if self.mode == "all" else valid_tokens(self._ffn, len(magnitudes))
             if self.mode is not None:
                 self.threshold = None if self.share >= 1.0 else self._quantile(magnitudes, valid)
             if self.threshold is None:
@@ -137,8 +137,8 @@ class ThinnedInput:
                 kept = magnitudes > self.threshold
             counts = kept.sum(-1)
             self._kept = self._kept + (counts.sum() if valid is None else (counts * valid).sum())
-            self._seen = self._seen + values.shape[-1] * (len(values) if valid is None else valid.sum())
-        return values if self.threshold is None else torch.where(kept, values, 0.0)
+            self._seen = self._seen + values.shape[-1] * (len(magnitudes) if valid is None else valid.sum())
+        return values if self.threshold is None else torch.where(kept.view_as(values), values, 0.0)
 
     def _quantile(self, magnitudes: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         if self.mode == "all":  # the search asks often
