@@ -38,7 +38,7 @@ class Packed:
         return Packed(*tensors, heads)
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What a decoder's forward pass takes; `attention_mask` is bool [B, 1, S, S], true where a token sees another."""
+        """What a decoder's forward pass takes; `attention_mask` is bool [B, 1, S, S], true where one sees another."""
         same = self.documents.unsqueeze(2) == self.documents.unsqueeze(1)
         return {
             "input_ids": self.input_ids,
