@@ -127,9 +127,9 @@ class Mixture:
         while True:
             yield stack([next(source) for _ in range(rows)])
 
-    def plain_batches(self, count: int, rows: int, seed: int, *, without_heads: bool = True) -> list[dict]:
+    def plain_batches(self, count: int, rows: int, seed: int) -> list[dict]:
         """Batches as any causal model takes them, of language tasks alone: `input_ids`, `attention_mask`, `labels`."""
-        names = [name for name, examples in self.examples.items() if not (without_heads and examples[0].head)]
+        names = [name for name, examples in self.examples.items() if not examples[0].head]
         language = Mixture({name: self.examples[name] for name in names}, self.fill)
         source = language.batches(rows, seed)
         ids = [next(source).input_ids for _ in range(count)]

@@ -44,8 +44,8 @@ SETTINGS = (
     *("head_examples", "install_tokens", "calibration_tokens"),
 )
 """What all cells of a folder share."""
-SMALL = {"tokens": 0, "limit": 8, "tasks": ["wikitext", "gsm8k", "piqa"], "budgets": [0.5, 0.25], "seeds": [0]}
-SMALL_METHODS = ["dense", "static-wanda", "teal", "cats", "prunepath", "oracle-topmass"]
+SMALL = {"tokens": 0, "limit": 4, "tasks": ["wikitext", "gsm8k", "piqa"], "budgets": [0.5, 0.25], "seeds": [0]}
+SMALL_METHODS = ["dense", "static-wanda", "cats", "prunepath", "oracle-topmass"]
 
 
 class Run:
@@ -104,7 +104,10 @@ class Run:
                 self.say(f"no time for {name} seed {seed}")
                 return
             began = time.monotonic()
-            settings = Settings(self.args.expert_width, self.args.router_rank, tuple(self.args.budgets), seed, None)
+            partitions = self.args.out / "partitions" / str(seed)
+            settings = Settings(
+                self.args.expert_width, self.args.router_rank, tuple(self.args.budgets), seed, partitions
+            )
             method = method_type(copy.deepcopy(self.dense), settings, budget)
             method.install(self.plain(self.training, self.args.install_tokens, seed))
             heads = copy.deepcopy(self.heads)

@@ -52,8 +52,10 @@ class TEAL(Method):
             ffn._call = _ThinnedCalls(ffn, thinned)  # not forward hooks, which not all families' projections get
         self._draws = random.Random(self.settings.seed)
         self._table: dict[float, list[list[torch.Tensor]]] = {}
-        self._search(batches)
+        self._paths: list[Path] = []
+        self._fitting = batches
 
+    @torch.no_grad()
     def _search(self, batches: Sequence[Batch]) -> None:
         self._set(1.0)
         inputs = ffn_inputs(self.model, self.ffns, batches, _GREEDY_TOKENS)
@@ -71,6 +73,8 @@ class TEAL(Method):
                 each.reset()
 
     def before_step(self, progress: float) -> None:
+        if not self._paths:  # of the dense model; without training, calibration alone searches
+            self._search(self._fitting)
         self.step_budget = draw_budget(self._draws)
         self._set(self.step_budget, "batch")
 
@@ -83,9 +87,6 @@ class TEAL(Method):
                 self._set(budget, "batch")
                 self.model(**batches[0])  # each projection's threshold is set before the next one reads
                 self._table[budget] = [[each.threshold for each in thinned] for thinned in self._inputs]
-
-    def set_batch_budget(self, budget: float) -> None:
-        self._set(budget, "batch")
 
     def set_budget(self, budget: float) -> None:
         if budget < 1.0 and budget not in self._table:

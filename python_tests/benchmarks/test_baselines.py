@@ -554,6 +554,7 @@ def test_teal_keeps_the_largest_entries():
 def test_teal_thins_first_what_costs_nothing():
     """Half of the activations are zero after ReLU: the search takes those before anything else."""
     method = make_method("teal", "opt")
+    method.calibrate(CALIBRATION)
     for path in method._paths:
         up, down = shares_at(path, 0.8)
         assert up == 1.0 and down == pytest.approx(0.6)
@@ -563,7 +564,7 @@ def test_teal_thins_first_what_costs_nothing():
     for searched in (True, False):
         if not searched:
             method._paths = [[(1.0, (1.0, 1.0)), (0.0, (0.0, 0.0))]] * 2
-        method.set_batch_budget(0.6)
+        method._set(0.6, "batch")
         errors[searched] = error_of(method, dense)
     assert errors[True] < errors[False]
 
