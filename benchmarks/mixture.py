@@ -116,11 +116,14 @@ class Mixture:
                 orders[name] = draws.sample(self.examples[name], len(self.examples[name]))
             example = orders[name].pop()
             spent[name] += len(example.ids) / SHARES[name]
-            if used + len(example.ids) > LENGTH:
+            if used + len(example.ids) <= LENGTH:
+                waiting.append(example)
+                used += len(example.ids)
+            elif used < len(example.ids):  # the longer part goes, so that little of a row is left over
+                yield pack([example], self.fill)
+            else:
                 yield pack(waiting, self.fill)
-                waiting, used = [], 0
-            waiting.append(example)
-            used += len(example.ids)
+                waiting, used = [example], len(example.ids)
 
     def batches(self, rows: int, seed: int) -> Iterator[Packed]:
         source = self.rows(seed)
