@@ -227,7 +227,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         for name, value in SMALL.items():
             setattr(args, name, value)
         args.methods = SMALL_METHODS
-        args.install_tokens = args.calibration_tokens = args.tokens_per_step = 4096
+        args.install_tokens, args.calibration_tokens, args.tokens_per_step = 4096, 1024, 4096
     return args
 
 

@@ -72,7 +72,7 @@ def at_bytes(rows: list[dict], share: float, name: str = "rise") -> float | None
     """
     points = sorted((row["bytes"], row[name]) for row in rows if row.get(name) is not None)
     for (b0, v0), (b1, v1) in itertools.pairwise(points):
-        if b0 <= share <= b1 and b1 > b0:
+        if b0 <= share <= b1 and 0 < b0 < b1:
             weight = math.log(share / b0) / math.log(b1 / b0)
             if min(v0, v1) > 0:
                 return math.exp((1 - weight) * math.log(v0) + weight * math.log(v1))

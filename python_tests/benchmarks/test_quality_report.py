@@ -74,6 +74,7 @@ def test_equal_bytes_are_interpolated_and_not_extrapolated():
     assert report.at_bytes(rows, 0.4) == pytest.approx(5.0)
     assert report.at_bytes(rows, 0.5) == pytest.approx(4.0)
     assert report.at_bytes(rows, 0.2) is None and report.at_bytes(rows, 0.9) is None
+    assert report.at_bytes([{"bytes": 0.0, "rise": 99.0}, *rows], 0.2) is None  # no expert at all
     assert report.at_bytes([{"bytes": 0.5, "rise": 2.0}, {"bytes": 1.0, "rise": 0.0}], 0.75) == pytest.approx(
         0.83, abs=0.01
     )
