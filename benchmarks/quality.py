@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --model DIR --data ../shared/data --out DIR           # all methods, tasks and seeds
     python benchmarks/quality.py --model DIR --data DATA --out DIR --methods teal --tasks wikitext --no-training
-    python benchmarks/quality.py --model DIR --data DATA --out DIR --small             # 10 minutes on two cores
+    python benchmarks/quality.py --model DIR --data DATA --out DIR --small             # does it work? 10 minutes on two cores
 
 Every finished cell, one method with one seed before or after training, is a JSON file under --out, and is not computed
 again. docs/quality.md says what is measured; the report writes `quality.csv`, `quality.json`, `quality.md` and a plot.
@@ -80,9 +80,9 @@ class Run:
         print(f"{time.monotonic() - self.started:6.0f} s  {line}", flush=True)
 
     def plain(self, mixture: Mixture, tokens: int, seed: int) -> list[dict]:
-        """Batches of plain rows with so many tokens in all."""
-        rows = max(1, min(self.args.tokens_per_step // 512, tokens // 512))
-        batches = mixture.plain_batches(max(1, tokens // (512 * rows)), rows, seed)
+        """Batches of plain rows with so many tokens in all, two or more: PrunePath tries on one what others gave it."""
+        rows = max(1, min(self.args.tokens_per_step, tokens // 2) // 512)
+        batches = mixture.plain_batches(max(2, tokens // (512 * rows)), rows, seed)
         return [{name: values.to(self.args.device) for name, values in batch.items()} for batch in batches]
 
     def cell_path(self, method: str, seed: int, budget: float | None, trained: bool) -> Path:
@@ -220,7 +220,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--head-examples", type=int, default=8192, help="of each classification set, for its head")
     parser.add_argument("--install-tokens", type=int, default=INSTALL_TOKENS)
     parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)
-    parser.add_argument("--small", action="store_true", help="few methods, tasks and examples, without training")
+    parser.add_argument(
+        "--small", action="store_true", help="tries all of it: too little data for routers, no training"
+    )
     parser.add_argument("--time-limit", type=float, help="seconds after which no method begins")
     args = parser.parse_args(argv)
     if args.small:

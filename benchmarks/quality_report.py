@@ -225,6 +225,8 @@ def _plot(means: list[dict], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     stages = sorted({row["trained"] for row in means})
+    names = sorted({row["method"] for row in means})
+    colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(names)}
     figure, axes = plt.subplots(1, len(stages), figsize=(7 * len(stages), 5), squeeze=False)
     for axis, trained in zip(axes[0], stages, strict=True):
         curves = collections.defaultdict(list)
@@ -232,7 +234,8 @@ def _plot(means: list[dict], path: Path) -> None:
             if row["trained"] == trained and row["budget"] < 1 and (row.get("rise") or 0) > 0:
                 curves[row["method"]].append((100 * row["bytes"], row["rise"]))
         for method, points in sorted(curves.items()):
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=method)
+            style = {"color": colours[method], "linewidth": 3 if method == OURS else 1.5}
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=method, **style)
         axis.set(xlabel="FFN bytes read a token, % of dense", ylabel="rise in bits per byte, %", yscale="log")
         axis.set_title(f"{_millions(trained)} of training" if trained else "no training")
         if curves:
