@@ -1,8 +1,8 @@
 """Quality of sparse forms of a real model: PrunePath beside other methods, in what a user pays.
 
-    python benchmarks/quality.py --model DIR --data ../shared/data --out DIR           # all methods, tasks and seeds
+    python benchmarks/quality.py --model DIR --data DATA --out DIR                     # all methods, tasks and seeds
     python benchmarks/quality.py --model DIR --data DATA --out DIR --methods teal --tasks wikitext --no-training
-    python benchmarks/quality.py --model DIR --data DATA --out DIR --small             # does it work? 10 minutes on two cores
+    python benchmarks/quality.py --model DIR --data DATA --out DIR --small             # 10 minutes on two cores
 
 Every finished cell, one method with one seed before or after training, is a JSON file under --out, and is not computed
 again. docs/quality.md says what is measured; the report writes `quality.csv`, `quality.json`, `quality.md` and a plot.
