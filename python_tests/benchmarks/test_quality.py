@@ -130,7 +130,7 @@ def test_results_of_other_settings_are_not_mixed(run):
 
 
 def test_bounds_are_not_trained_and_heads_are_there_for_training_on_unmeasured_tasks(run):
-    out = run("--tokens", 4096, "--only-trained", "--tasks", "wikitext", "--methods", "dense,oracle-topmass")
+    out = run("--tokens", 8192, "--only-trained", "--tasks", "wikitext", "--methods", "dense,oracle-topmass")
     assert names_of(out) == ["dense.trained.0.json", "oracle-topmass.plain.0.json"]
 
 
