@@ -38,7 +38,7 @@ class Packed:
         return Packed(*tensors, heads)
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What a decoder's forward pass takes; `attention_mask` is bool [B, 1, S, S], true where a token sees another."""
+        """What a decoder's forward pass takes; `attention_mask` is bool [B, 1, S, S], true where one sees another."""
         same = self.documents.unsqueeze(2) == self.documents.unsqueeze(1)
         return {
             "input_ids": self.input_ids,
@@ -116,20 +116,23 @@ class Mixture:
                 orders[name] = draws.sample(self.examples[name], len(self.examples[name]))
             example = orders[name].pop()
             spent[name] += len(example.ids) / SHARES[name]
-            if used + len(example.ids) > LENGTH:
+            if used + len(example.ids) <= LENGTH:
+                waiting.append(example)
+                used += len(example.ids)
+            elif used < len(example.ids):  # the longer part goes, so that little of a row is left over
+                yield pack([example], self.fill)
+            else:
                 yield pack(waiting, self.fill)
-                waiting, used = [], 0
-            waiting.append(example)
-            used += len(example.ids)
+                waiting, used = [example], len(example.ids)
 
     def batches(self, rows: int, seed: int) -> Iterator[Packed]:
         source = self.rows(seed)
         while True:
             yield stack([next(source) for _ in range(rows)])
 
-    def plain_batches(self, count: int, rows: int, seed: int, *, without_heads: bool = True) -> list[dict]:
+    def plain_batches(self, count: int, rows: int, seed: int) -> list[dict]:
         """Batches as any causal model takes them, of language tasks alone: `input_ids`, `attention_mask`, `labels`."""
-        names = [name for name, examples in self.examples.items() if not (without_heads and examples[0].head)]
+        names = [name for name, examples in self.examples.items() if not examples[0].head]
         language = Mixture({name: self.examples[name] for name in names}, self.fill)
         source = language.batches(rows, seed)
         ids = [next(source).input_ids for _ in range(count)]

@@ -1,6 +1,6 @@
 """Quality of sparse forms of a real model: PrunePath beside other methods, in what a user pays.
 
-    python benchmarks/quality.py --model DIR --data ../shared/data --out DIR           # all methods, tasks and seeds
+    python benchmarks/quality.py --model DIR --data DATA --out DIR                     # all methods, tasks and seeds
     python benchmarks/quality.py --model DIR --data DATA --out DIR --methods teal --tasks wikitext --no-training
     python benchmarks/quality.py --model DIR --data DATA --out DIR --small             # 10 minutes on two cores
 
@@ -17,6 +17,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,19 +26,26 @@ sys.path += [str(path) for path in (ROOT, ROOT / "benchmarks") if str(path) not 
 
 import torch  # noqa: E402
 from baselines import METHODS, Settings  # noqa: E402
+from common import processor, today  # noqa: E402
 from mixture import Mixture  # noqa: E402
 from quality_report import write_report  # noqa: E402
 from tasks import TASKS  # noqa: E402
 from torch import nn  # noqa: E402
 from training import finetune, make_heads  # noqa: E402
 
+from prunepath.errors import PrunePathError  # noqa: E402
+
 BUDGETS = (0.75, 0.5, 0.25, 0.1)
 LEARNING_RATE = 2e-4
 INSTALL_TOKENS = 65536
 CALIBRATION_TOKENS = 32768
-SEQUENCES = 32
-SMALL = {"tokens": 0, "limit": 8, "tasks": ["wikitext", "gsm8k", "piqa"], "budgets": [0.5, 0.25], "seeds": [0]}
-SMALL_METHODS = ["dense", "static-wanda", "teal", "cats", "prunepath", "oracle-topmass"]
+SETTINGS = (
+    *("model", "tasks", "budgets", "tokens", "tokens_per_step", "rate", "expert_width", "router_rank", "limit"),
+    *("head_examples", "install_tokens", "calibration_tokens"),
+)
+"""What all cells of a folder share."""
+SMALL = {"tokens": 0, "limit": 4, "tasks": ["wikitext", "gsm8k", "piqa"], "budgets": [0.5, 0.25], "seeds": [0]}
+SMALL_METHODS = ["dense", "static-wanda", "cats", "prunepath", "oracle-topmass"]
 
 
 class Run:
@@ -63,7 +71,8 @@ class Run:
         examples = {name: task.training_examples() for name, task in trained_on.items()}
         self.training = Mixture(examples, fill)
         self.validation = Mixture({name: task.validation_examples() for name, task in trained_on.items()}, fill)
-        classes = {name: task.num_classes for name, task in self.tasks.items() if task.num_classes}
+        headed = trained_on if args.tokens else self.tasks
+        classes = {name: task.num_classes for name, task in headed.items() if task.num_classes}
         self.heads = make_heads(self.teacher, classes, {n: examples[n][: args.head_examples] for n in classes}, seed=0)
         self.say(f"{sum(p.numel() for p in self.dense.parameters()) / 1e6:.1f} M parameters, {len(self.tasks)} tasks")
 
@@ -71,9 +80,9 @@ class Run:
         print(f"{time.monotonic() - self.started:6.0f} s  {line}", flush=True)
 
     def plain(self, mixture: Mixture, tokens: int, seed: int) -> list[dict]:
-        """Batches of plain rows with so many tokens in all."""
-        rows = max(1, min(self.args.tokens_per_step // 512, tokens // 512))
-        batches = mixture.plain_batches(max(1, tokens // (512 * rows)), rows, seed)
+        """Batches of plain rows with so many tokens in all, two or more: PrunePath tries on one what others gave it."""
+        rows = max(1, min(self.args.tokens_per_step, tokens // 2) // 512)
+        batches = mixture.plain_batches(max(2, tokens // (512 * rows)), rows, seed)
         return [{name: values.to(self.args.device) for name, values in batch.items()} for batch in batches]
 
     def cell_path(self, method: str, seed: int, budget: float | None, trained: bool) -> Path:
@@ -87,14 +96,18 @@ class Run:
         # Where a checkpoint is for one budget, each is made by itself.
         groups = [(None, budgets)] if method_type.one_checkpoint else [(b, (b,)) for b in budgets]
         for budget, evaluated in groups:
-            wanted = [trained for trained in self._stages(name) if not self.cell_path(name, seed, budget, trained).exists()]
+            paths = {trained: self.cell_path(name, seed, budget, trained) for trained in self._stages(name)}
+            wanted = [trained for trained, path in paths.items() if not path.exists()]
             if not wanted:
                 continue
             if self._is_late():
                 self.say(f"no time for {name} seed {seed}")
                 return
             began = time.monotonic()
-            settings = Settings(self.args.expert_width, self.args.router_rank, tuple(self.args.budgets), seed, None)
+            partitions = self.args.out / "partitions" / str(seed)
+            settings = Settings(
+                self.args.expert_width, self.args.router_rank, tuple(self.args.budgets), seed, partitions
+            )
             method = method_type(copy.deepcopy(self.dense), settings, budget)
             method.install(self.plain(self.training, self.args.install_tokens, seed))
             heads = copy.deepcopy(self.heads)
@@ -108,7 +121,7 @@ class Run:
                 at = evaluated if name == "dense" or budget is not None else (1.0, *evaluated)
                 cell["results"] = [self._evaluate(method, heads, b) for b in at]
                 cell["seconds"] = time.monotonic() - began
-                write_whole(self.cell_path(name, seed, budget, trained), json.dumps(cell).encode())
+                write_whole(paths[trained], json.dumps(cell).encode())
                 for result in cell["results"]:
                     values = ", ".join(f"{task} {r['value']:.4f}" for task, r in result["tasks"].items())
                     self.say(
@@ -124,7 +137,7 @@ class Run:
         return self.args.time_limit is not None and time.monotonic() - self.started > self.args.time_limit
 
     def _train(self, method, heads: nn.ModuleDict, seed: int) -> dict:
-        rows = self.args.tokens_per_step // 512
+        rows = max(1, self.args.tokens_per_step // 512)
         steps = max(1, self.args.tokens // (rows * 512))
         began = time.monotonic()
         batches = self.training.batches(rows, seed)
@@ -145,6 +158,23 @@ class Run:
                 found[name] = task.evaluate(method.model, heads)
         active, read = method.active_fraction(), method.bytes_read()
         return {"budget": budget, "active": active, "bytes": read, "per_layer": method.per_layer(), "tasks": found}
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Keeps in the folder what its cells share, or compares with what is there.
+
+    Raises:
+        PrunePathError: if the folder's cells have other settings.
+    """
+    asked = {name: getattr(args, name) for name in SETTINGS} | {"model": args.model.resolve().name}
+    path = args.out / "settings.json"
+    known = json.loads(path.read_text()) if path.exists() else asked
+    for name, value in known.items():
+        if asked[name] != value and (name != "tokens" or (value and asked[name])):
+            raise PrunePathError(
+                f"Expected {name} {value}, as the other results in {args.out} have, got {asked[name]}."
+            )
+    write_whole(path, json.dumps(asked | {"tokens": known["tokens"] or asked["tokens"]}).encode())
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -179,51 +209,61 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens-per-step", type=int, default=16384)
     parser.add_argument("--rate", type=float, default=LEARNING_RATE, help="peak learning rate")
     parser.add_argument("--no-training", dest="tokens", action="store_const", const=0)
-    parser.add_argument("--only-trained", dest="untrained", action="store_false", help="leave out results before training")
-    parser.add_argument("--expert-width", type=int, default=1, help="neurons of an expert, for methods without a choice")
+    parser.add_argument(
+        "--only-trained", dest="untrained", action="store_false", help="leave out results before training"
+    )
+    parser.add_argument(
+        "--expert-width", type=int, default=1, help="neurons of an expert, for methods without a choice"
+    )
     parser.add_argument("--router-rank", type=int, help="of PrunePath's routers; 0 is full rank")
     parser.add_argument("--limit", type=int, help="at most so many test examples of each task")
     parser.add_argument("--head-examples", type=int, default=8192, help="of each classification set, for its head")
     parser.add_argument("--install-tokens", type=int, default=INSTALL_TOKENS)
     parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)
-    parser.add_argument("--small", action="store_true", help="few methods, tasks and examples, without training")
+    parser.add_argument(
+        "--small", action="store_true", help="tries all of it: too little data for routers, no training"
+    )
     parser.add_argument("--time-limit", type=float, help="seconds after which no method begins")
     args = parser.parse_args(argv)
     if args.small:
         for name, value in SMALL.items():
             setattr(args, name, value)
         args.methods = SMALL_METHODS
-        args.install_tokens = args.calibration_tokens = args.tokens_per_step = 4096
+        args.install_tokens, args.calibration_tokens, args.tokens_per_step = 4096, 1024, 4096
     return args
 
 
 def main() -> None:
     args = parse_arguments()
-    if args.stage in ("cells", "all"):
-        run = Run(args)
-        failures = []
-        for seed in args.seeds:
-            for name in args.methods:
-                try:
-                    run.run_method(name, seed)
-                except Exception as error:  # one method's failure leaves the others' results
-                    import traceback
+    failures = measure(args) if args.stage != "report" else []
+    if args.stage != "cells":
+        write_report(args.out)
+    if failures:
+        raise SystemExit("failed: " + "; ".join(failures))
 
-                    traceback.print_exc()
-                    failures.append(f"{name} seed {seed}: {type(error).__name__}: {error}")
-        about = {
-            "command": " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
-            "machine": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "CPU",
-            "date": time.strftime("%Y-%m-%d"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        write_whole(args.out / "about.json", json.dumps(about).encode())
-        if failures:
-            print("failed: " + "; ".join(failures), flush=True)
-    write_report(args.out)
-    if args.stage != "report" and failures:
-        raise SystemExit(1)
+
+def measure(args: argparse.Namespace) -> list[str]:
+    """Computes all cells that are not there yet; says what failed."""
+    check_settings(args)
+    run = Run(args)
+    failures = []
+    for seed in args.seeds:
+        for name in args.methods:
+            try:
+                run.run_method(name, seed)
+            except Exception as error:  # one method's failure leaves the others' results
+                traceback.print_exc()
+                failures.append(f"{name} seed {seed}: {type(error).__name__}: {error}")
+    cuda = args.device.startswith("cuda")
+    about = {
+        "command": " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
+        "machine": torch.cuda.get_device_name() if cuda else processor(),
+        "date": today(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    write_whole(args.out / "about.json", json.dumps(about).encode())
+    return failures
 
 
 if __name__ == "__main__":

@@ -84,10 +84,6 @@ class Method(abc.ABC):
     def set_budget(self, budget: float) -> None:
         """Turns the knob; evaluation follows."""
 
-    def set_batch_budget(self, budget: float) -> None:
-        """As `set_budget`, but each batch has the thresholds that obtain the budget on it: no calibration is needed."""
-        self.set_budget(budget)
-
     def active_fraction(self) -> float:
         """The share of FFN neurons computed, over valid (unpadded) tokens since the last `set_budget`."""
         return self.counts.active_fraction

@@ -58,10 +58,6 @@ class _CopyRouter(ThresholdMethod):
         self._round()
         super().calibrate(batches)
 
-    def set_batch_budget(self, budget: float) -> None:
-        self._round()
-        super().set_batch_budget(budget)
-
     def priority(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         biases = [None if bias is None else bias.float() for bias in ffn.biases()]
         first, *second = (F.linear(x.float(), table, bias) for table, bias in zip(ffn.copied, biases, strict=False))

@@ -213,7 +213,6 @@ class ThresholdMethod(ExpertMethod):
         self._thresholds: list[torch.Tensor | float] = [float("inf")] * len(self.ffns)
         self._table: dict[float, list[torch.Tensor]] = {}
         self._priorities: list[list[torch.Tensor]] | None = None
-        self._batch_budget: float | None = None
 
     def before_step(self, progress: float) -> None:
         super().before_step(progress)
@@ -232,8 +231,6 @@ class ThresholdMethod(ExpertMethod):
                 if self.step_budget >= 1.0:
                     return torch.ones_like(priority, dtype=torch.bool)
                 return priority < batch_threshold(priority, valid, self.step_fractions[index])
-            if self._batch_budget is not None:
-                return priority < batch_threshold(priority, valid, self._batch_budget)
             if self._priorities is not None:
                 # The device would be full of all layers' priorities.
                 self._priorities[index].append(sample_values(priority, valid))
@@ -243,7 +240,6 @@ class ThresholdMethod(ExpertMethod):
     def calibrate(self, batches: Sequence[Batch]) -> None:
         batches = [merge(batches)]  # the device is given all there is to do at once
         self.training = False
-        self._batch_budget = None
         self.chosen_shapes: dict[float, str] = {}
         for budget in self.settings.budgets if self.budget is None else (self.budget,):
             fits = {shape: self._fit_thresholds(batches, budget, shape) for shape in self.shapes}
@@ -288,13 +284,8 @@ class ThresholdMethod(ExpertMethod):
         rank = torch.searchsorted(before, budget * weights.sum())
         return torch.cat([values, values.new_full((1,), float("inf"))])[rank]
 
-    def set_batch_budget(self, budget: float) -> None:
-        super().set_budget(1.0)
-        self._batch_budget = budget
-
     def set_budget(self, budget: float) -> None:
         super().set_budget(budget)
-        self._batch_budget = None
         if budget >= 1.0:
             self._thresholds = [float("inf")] * len(self.ffns)
         elif budget in self._table:

@@ -88,11 +88,6 @@ class PrunePath(Method):
     def bytes_read(self) -> float:
         return self.counts.read_fraction
 
-    def set_batch_budget(self, budget: float) -> None:
-        self._counting.close()
-        self._counting.enter_context(self._any_budget.evaluating_at(budget))
-        self.counts = self._counting.enter_context(prunepath.record_counts(self.model))
-
     def set_budget(self, budget: float) -> None:
         prunepath.set_budget(self.model, budget)
         self._counting.close()

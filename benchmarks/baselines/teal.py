@@ -52,8 +52,10 @@ class TEAL(Method):
             ffn._call = _ThinnedCalls(ffn, thinned)  # not forward hooks, which not all families' projections get
         self._draws = random.Random(self.settings.seed)
         self._table: dict[float, list[list[torch.Tensor]]] = {}
-        self._search(batches)
+        self._paths: list[Path] = []
+        self._fitting = batches
 
+    @torch.no_grad()
     def _search(self, batches: Sequence[Batch]) -> None:
         self._set(1.0)
         inputs = ffn_inputs(self.model, self.ffns, batches, _GREEDY_TOKENS)
@@ -71,6 +73,8 @@ class TEAL(Method):
                 each.reset()
 
     def before_step(self, progress: float) -> None:
+        if not self._paths:  # of the dense model; without training, calibration alone searches
+            self._search(self._fitting)
         self.step_budget = draw_budget(self._draws)
         self._set(self.step_budget, "batch")
 
@@ -83,9 +87,6 @@ class TEAL(Method):
                 self._set(budget, "batch")
                 self.model(**batches[0])  # each projection's threshold is set before the next one reads
                 self._table[budget] = [[each.threshold for each in thinned] for thinned in self._inputs]
-
-    def set_batch_budget(self, budget: float) -> None:
-        self._set(budget, "batch")
 
     def set_budget(self, budget: float) -> None:
         if budget < 1.0 and budget not in self._table:
@@ -125,10 +126,10 @@ class ThinnedInput:
         return float(self._kept) / float(self._seen) if torch.is_tensor(self._seen) or self._seen else float("nan")
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` [T, F] with zeros."""
-        valid = None if self.mode == "all" else valid_tokens(self._ffn, len(values))
+        """`values` [..., F] with zeros."""
         with torch.no_grad():
-            magnitudes = values.detach().abs()
+            magnitudes = values.detach().abs().flatten(0, -2)
+            valid = None if self.mode == "all" else valid_tokens(self._ffn, len(magnitudes))
             if self.mode is not None:
                 self.threshold = None if self.share >= 1.0 else self._quantile(magnitudes, valid)
             if self.threshold is None:
@@ -137,8 +138,8 @@ class ThinnedInput:
                 kept = magnitudes > self.threshold
             counts = kept.sum(-1)
             self._kept = self._kept + (counts.sum() if valid is None else (counts * valid).sum())
-            self._seen = self._seen + values.shape[-1] * (len(values) if valid is None else valid.sum())
-        return values if self.threshold is None else torch.where(kept, values, 0.0)
+            self._seen = self._seen + values.shape[-1] * (len(magnitudes) if valid is None else valid.sum())
+        return values if self.threshold is None else torch.where(kept.view_as(values), values, 0.0)
 
     def _quantile(self, magnitudes: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         if self.mode == "all":  # the search asks often

@@ -412,6 +412,7 @@ def test_copies_of_a_method_are_independent(name):
         for weight in down_projections(twin.model):
             weight.zero_()
     torch.testing.assert_close(logits_of(method.model), expected)
+    assert error_of(twin, expected) > 1e-4
 
 
 # H = 32 and D = 64, so that a gated FFN has 3·32·64 = 6144 weights, and an ungated one 4096.
@@ -540,7 +541,7 @@ def test_teal_keeps_the_largest_entries():
     method.set_budget(0.5)
     seen = []
     ffn = method.ffns[0]
-    ffn.projection("gate_proj").register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    ffn.projection("gate_proj").register_forward_hook(lambda module, args, output: seen.append(args[0].flatten(0, -2)))
     inputs = []
     ffn.register_input_hook(lambda ffn, x: inputs.append(x))
     logits_of(method.model)
@@ -553,6 +554,7 @@ def test_teal_keeps_the_largest_entries():
 def test_teal_thins_first_what_costs_nothing():
     """Half of the activations are zero after ReLU: the search takes those before anything else."""
     method = make_method("teal", "opt")
+    method.calibrate(CALIBRATION)
     for path in method._paths:
         up, down = shares_at(path, 0.8)
         assert up == 1.0 and down == pytest.approx(0.6)
@@ -562,7 +564,7 @@ def test_teal_thins_first_what_costs_nothing():
     for searched in (True, False):
         if not searched:
             method._paths = [[(1.0, (1.0, 1.0)), (0.0, (0.0, 0.0))]] * 2
-        method.set_batch_budget(0.6)
+        method._set(0.6, "batch")
         errors[searched] = error_of(method, dense)
     assert errors[True] < errors[False]
 

@@ -89,6 +89,14 @@ def test_tasks_have_their_shares_of_tokens():
     assert (ends[where] != ends[(where + 1) % len(ends)]).all()
 
 
+def test_little_of_a_row_is_left_over():
+    """Short examples wait for their row while whole ones pass."""
+    whole = [Example([5] * mixture.LENGTH, 1)] * 3
+    source = mixture.Mixture({"wikitext": whole, "e2e": examples(90, 7)}, fill=0)
+    batch = mixture.stack(list(islice(source.rows(seed=0), 50)))
+    assert (batch.input_ids == 0).float().mean() < 0.05
+
+
 @pytest.mark.parametrize("name", ["dense", "prunepath"])
 def test_training_lowers_the_loss(name):
     model = tiny_model()
