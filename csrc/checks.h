@@ -306,39 +306,69 @@ inline int64_t check_selection(const char* op, const Tensor& x, const Tensor& ex
   return expert_ids.size(1);
 }
 
+// Of routed_ffn.
+struct RouterTensors {
+  const std::optional<Tensor>& in;
+  const Tensor& out;
+  const std::optional<Tensor>& bias;
+  const std::optional<Tensor>& floor;
+  const std::optional<Tensor>& log_scale;
+};
+
 // For routed_ffn, before check_ffn. Returns E.
-inline int64_t router_num_experts(const char* op, const Tensor& router_out) {
-  if (router_out.dim() != 2) {
+inline int64_t router_num_experts(const char* op, const RouterTensors& router) {
+  if (router.out.dim() != 2) {
     fail(op, "expected router_out of shape [E, r], or [E, H] without router_in, got ",
-         shape_string(router_out.sizes()));
+         shape_string(router.out.sizes()));
   }
-  return router_out.size(0);
+  if (router.floor.has_value() != router.log_scale.has_value()) {
+    fail(op, "expected router_floor and router_log_scale, or neither, got one of them");
+  }
+  if (!router.log_scale.has_value()) {
+    return router.out.size(0);
+  }
+  if (router.log_scale->dim() != 1) {
+    fail(op, "expected router_log_scale of shape [E], got ",
+         shape_string(router.log_scale->sizes()));
+  }
+  return router.log_scale->size(0);
 }
 
-// For routed_ffn. Returns the router's rank, 0 for one of full rank.
-inline int64_t check_router(const char* op, const FfnShape& shape, const Tensor& x,
-                            const std::optional<Tensor>& router_in, const Tensor& router_out,
-                            const std::optional<Tensor>& router_bias) {
+// rank: 0 for a router of full rank. factors: 0 for a linear router.
+struct RouterShape {
+  int64_t rank;
+  int64_t factors;
+};
+
+// For routed_ffn.
+inline RouterShape check_router(const char* op, const FfnShape& shape, const Tensor& x,
+                                const RouterTensors& router) {
   const int64_t E = shape.layout.num_experts;
   const int64_t H = shape.layout.hidden_size;
+  const int64_t factors = !router.floor.has_value() ? 0 : shape.layout.gated ? 2 : 1;
+  const int64_t rows = factors > 1 ? factors * E : E;
   int64_t rank = 0;
-  if (router_in.has_value()) {
-    check_same_device(op, "router_in", *router_in, "x", x);
-    check_dtype(op, "router_in", *router_in, x.scalar_type());
-    if (router_in->dim() != 2 || router_in->size(0) < 1 || router_in->size(1) != H) {
+  if (router.in.has_value()) {
+    check_same_device(op, "router_in", *router.in, "x", x);
+    check_dtype(op, "router_in", *router.in, x.scalar_type());
+    if (router.in->dim() != 2 || router.in->size(0) < 1 || router.in->size(1) != H) {
       fail(op, "expected router_in of shape [r, H] = [r, ", H, "] with r of at least 1, got ",
-           shape_string(router_in->sizes()));
+           shape_string(router.in->sizes()));
     }
-    check_contiguous(op, "router_in", *router_in);
-    rank = router_in->size(0);
+    check_contiguous(op, "router_in", *router.in);
+    rank = router.in->size(0);
   }
-  check_same_device(op, "router_out", router_out, "x", x);
-  check_dtype(op, "router_out", router_out, x.scalar_type());
-  check_shape(op, "router_out", router_out, {E, rank > 0 ? rank : H},
-              rank > 0 ? "[E, r]" : "[E, H]");
-  check_contiguous(op, "router_out", router_out);
-  check_bias(op, "router_bias", router_bias, "x", x, E, "[E]");
-  return rank;
+  check_same_device(op, "router_out", router.out, "x", x);
+  check_dtype(op, "router_out", router.out, x.scalar_type());
+  check_shape(op, "router_out", router.out, {rows, rank > 0 ? rank : H},
+              factors > 1 ? (rank > 0 ? "[2 * E, r]" : "[2 * E, H]")
+                          : (rank > 0 ? "[E, r]" : "[E, H]"));
+  check_contiguous(op, "router_out", router.out);
+  const char* symbols = factors > 1 ? "[2 * E]" : "[E]";
+  check_bias(op, "router_bias", router.bias, "x", x, rows, symbols);
+  check_bias(op, "router_floor", router.floor, "x", x, rows, symbols);
+  check_bias(op, "router_log_scale", router.log_scale, "x", x, E, "[E]");
+  return {rank, factors};
 }
 
 // The values of `order` are for the operator to check.

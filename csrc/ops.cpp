@@ -34,11 +34,13 @@ STABLE_TORCH_LIBRARY(prunepath, m) {
       "Tensor counts, str activation, *, int num_experts, Tensor? gate_bias=None, "
       "Tensor? up_bias=None, Tensor? down_bias=None) -> Tensor");
 
-  // router_in [r, H] and router_out [E, r], or router_out [E, H]; router_bias [E]; threshold
-  // float32 [] or [T] -> y [T, H], counts int32 [T].
+  // router_in [r, H] and router_out [E, r], or router_out [E, H]; router_bias [E]; of a factored
+  // router F * E rows in router_out and router_bias, router_floor [F * E], router_log_scale [E];
+  // threshold float32 [] or [T] -> y [T, H], counts int32 [T].
   m.def(
       "routed_ffn(Tensor x, Tensor? router_in, Tensor router_out, Tensor? router_bias, "
       "Tensor threshold, Tensor? gate, Tensor up, Tensor down_t, str activation, *, "
+      "Tensor? router_floor=None, Tensor? router_log_scale=None, "
       "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None, int min_experts=1, "
       "int max_experts=0) -> (Tensor y, Tensor counts)");
 

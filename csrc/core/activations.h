@@ -28,4 +28,19 @@ PRUNEPATH_HD float activate(Activation activation, float x) {
   }
 }
 
+// What a factored router applies in an activation's place; see ops/reference.py.
+PRUNEPATH_HD float router_activate(Activation activation, float x) {
+  switch (activation) {
+    case Activation::kGelu:
+    case Activation::kGeluTanh:
+      return x / (1.0f + expf(-1.702f * x));
+    case Activation::kSilu:
+      return x / (1.0f + expf(-x));
+    default: {
+      const float softplus = fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)));
+      return activation == Activation::kRelu2 ? softplus * softplus : softplus;
+    }
+  }
+}
+
 }  // namespace prunepath

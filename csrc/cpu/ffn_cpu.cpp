@@ -286,14 +286,17 @@ std::tuple<Tensor, Tensor> routed_ffn(
     const Tensor& x, const std::optional<Tensor>& router_in, const Tensor& router_out,
     const std::optional<Tensor>& router_bias, const Tensor& threshold,
     const std::optional<Tensor>& gate, const Tensor& up, const Tensor& down_t,
-    const std::string& activation, const std::optional<Tensor>& gate_bias,
+    const std::string& activation, const std::optional<Tensor>& router_floor,
+    const std::optional<Tensor>& router_log_scale, const std::optional<Tensor>& gate_bias,
     const std::optional<Tensor>& up_bias, const std::optional<Tensor>& down_bias,
     int64_t min_experts, int64_t max_experts) {
   const char* op = "routed_ffn";
   const FfnTensors tensors{x, gate, up, down_t, gate_bias, up_bias, down_bias};
-  const int64_t num_experts = router_num_experts(op, router_out);
+  const RouterTensors router_tensors{router_in, router_out, router_bias, router_floor,
+                                     router_log_scale};
+  const int64_t num_experts = router_num_experts(op, router_tensors);
   const FfnShape shape = check_ffn(op, tensors, num_experts, activation);
-  const int64_t rank = check_router(op, shape, x, router_in, router_out, router_bias);
+  const auto [rank, factors] = check_router(op, shape, x, router_tensors);
   const Router router{
       rank > 0 ? &*router_in : nullptr,
       router_out,

@@ -166,6 +166,8 @@ def routed_ffn(
     down_t: Tensor,
     activation: str,
     *,
+    router_floor: Tensor | None = None,
+    router_log_scale: Tensor | None = None,
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -174,16 +176,25 @@ def routed_ffn(
 ) -> tuple[Tensor, Tensor]:
     """Router, `select` and `sparse_ffn` in one call.
 
-    The logits z = router_out·(router_in·x) + router_bias, or router_out·x + router_bias without router_in, are float32
-    sums; neither they nor router_in·x are ever rounded to x's dtype.
+    v = router_out·(router_in·x) + router_bias, or router_out·x + router_bias without router_in. A linear router's
+    logits are z = v. A factored router, which has a floor ε and a log-scale s, estimates the F factors of every
+    expert's activation, 2 for a gated FFN and else 1: v is F rows of E,
+
+        z_e = s_e + Σ_f ½·log(φ_f(v_fe)² + ε_fe²),
+
+    where φ_1 stands in for the activation, x·σ(x) for silu, x·σ(1.702·x) for gelu and gelu_tanh, softplus for relu and
+    its square for relu2, and φ_2(v) = v. All is float32; neither logits nor router_in·x are ever rounded to x's dtype.
 
     Args:
         x: [T, H] float32, bfloat16 or float16, any strides.
         router_in: [r, H] of x's dtype, contiguous; None for a router of full rank.
-        router_out: [E, r], or [E, H] without router_in, of x's dtype, contiguous. E must divide D.
-        router_bias: [E] float32 or x's dtype, or None.
+        router_out: [E, r], or [E, H] without router_in, of x's dtype, contiguous; F·E rows if the router is factored.
+            E must divide D.
+        router_bias: [E], or [F·E], float32 or x's dtype, or None.
         threshold: float32 [] or [T]; see `route`.
         gate, up, down_t, activation, gate_bias, up_bias, down_bias: see `sparse_ffn`.
+        router_floor: [F·E] float32 or x's dtype, of a factored router; None for a linear one.
+        router_log_scale: [E] float32 or x's dtype, exactly where there is a router_floor.
         min_experts, max_experts: see `route`.
 
     Returns:
@@ -202,6 +213,8 @@ def routed_ffn(
         up,
         down_t,
         activation,
+        router_floor=router_floor,
+        router_log_scale=router_log_scale,
         gate_bias=gate_bias,
         up_bias=up_bias,
         down_bias=down_bias,

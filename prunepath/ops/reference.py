@@ -21,8 +21,15 @@ ACTIVATIONS = {
     "silu": F.silu,
     "relu2": lambda x: F.relu(x).square(),
 }
-ROUTER_ACTIVATIONS = ACTIVATIONS | {"relu": F.softplus, "relu2": lambda x: F.softplus(x).square()}
-"""What a factored router applies in an activation's place: smooth, so that estimates below zero keep their order."""
+ROUTER_ACTIVATIONS = {
+    "relu": F.softplus,
+    "gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu_tanh": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "relu2": lambda x: F.softplus(x).square(),
+}
+"""What a factored router applies in an activation's place: of exponentials alone, and not flat below zero, where
+estimates have to keep their order. For GELU it is the approximation of arXiv 1606.08415, section 2."""
 
 
 def mass(logits: Tensor) -> Tensor:
@@ -150,6 +157,8 @@ def routed_ffn(
     down_t: Tensor,
     activation: str,
     *,
+    router_floor: Tensor | None = None,
+    router_log_scale: Tensor | None = None,
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -157,7 +166,7 @@ def routed_ffn(
     max_experts: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Router, top-mass selection and FFN; see `prunepath.ops.routed_ffn`."""
-    logits = router_logits(x, router_in, router_out, router_bias)
+    logits = router_logits(x, router_in, router_out, router_bias, router_floor, router_log_scale, activation)
     active, counts = select(logits, threshold, min_experts=min_experts, max_experts=max_experts)
     return masked_ffn(x, gate, up, down_t, active, activation, gate_bias, up_bias, down_bias), counts
 
