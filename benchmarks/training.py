@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -81,6 +82,40 @@ def final_hidden(model: nn.Module, batch: Packed) -> torch.Tensor:
     return model.get_decoder()(**batch.inputs(), use_cache=False).last_hidden_state.flatten(0, 1)
 
 
+class Teacher:
+    """The original model's final hidden states of batches of one shape; on a GPU as one captured graph.
+
+    A small model's forward pass is mostly the time that its many kernels take to launch.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def __call__(self, batch: Packed) -> torch.Tensor:
+        """[B·S, H], of the last call alone."""
+        if not batch.input_ids.is_cuda:
+            return final_hidden(self.model, batch)
+        if self.graph is None:
+            self.batch = dataclasses.replace(batch, heads={})
+            self.names = ("input_ids", "position_ids", "documents")
+            for name in self.names:
+                setattr(self.batch, name, getattr(batch, name).clone())
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                final_hidden(self.model, self.batch)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.hidden = final_hidden(self.model, self.batch)
+        for name in self.names:
+            getattr(self.batch, name).copy_(getattr(batch, name))
+        self.graph.replay()
+        return self.hidden
+
+
 def finetune(
     method: Method,
     heads: nn.ModuleDict,
@@ -114,14 +149,14 @@ def finetune(
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    target_of = Teacher(teacher)
     losses = []
     model.train()
     for step in range(steps):
         batch = next(batches).to(device)
         method.before_step(step / steps)
         scored = (batch.labels.flatten() != IGNORED).nonzero().squeeze(1)
-        with torch.no_grad():
-            target = final_hidden(teacher, batch)[scored]
+        target = target_of(batch)[scored]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             hidden = final_hidden(model, batch)
         loss = LanguageLoss.apply(

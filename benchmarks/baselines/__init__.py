@@ -9,7 +9,7 @@ from baselines.dense import Dense
 from baselines.lte import LTE
 from baselines.moefication import MoEfication
 from baselines.oracle import OracleExperts, OracleTopK, OracleTopMass
-from baselines.ours import PrunePath, TopKRouted
+from baselines.ours import PrunePath, PrunePathLinear, TopKRouted
 from baselines.static import StaticFLAP, StaticMean, StaticWanda
 from baselines.teal import TEAL
 
@@ -29,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
         TEAL,
         TopKRouted,
         PrunePath,
+        PrunePathLinear,
         Copy2Bit,
         Copy3Bit,
         Copy4Bit,

@@ -1,4 +1,4 @@
-"""PrunePath, and PrunePath's router with top-k in place of top-mass."""
+"""PrunePath, and what its parts are worth: another form of router, top-k in place of top-mass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import prunepath
 from baselines.base import Batch, Method
 from baselines.experts import ExpertMethod, TopK
-from prunepath.config import PrunePathConfig
+from prunepath.config import PrunePathConfig, RouterForm
 from prunepath.nn import SparseFFN
 from prunepath.nn.experts import router_target
 from prunepath.train.any_budget import AnyBudget, router_parameters
@@ -20,7 +20,7 @@ from prunepath.train.router import RouterTraining, contributions
 
 
 class _SoftmaxRouted(ExpertMethod):
-    """A linear router whose softmax learns each expert's share of the output, before and during fine-tuning."""
+    """PrunePath's router, whose softmax learns each expert's share of the output, before and during fine-tuning."""
 
     def install_routers(self, inputs: list[torch.Tensor]) -> None:
         super().install_routers(inputs)
@@ -57,12 +57,14 @@ class PrunePath(Method):
 
     name = "prunepath"
     one_checkpoint = True
+    router_form: RouterForm | None = None  # the default
 
     def install(self, batches: Sequence[Batch]) -> None:
         # All the calibration batches are used.
         config = PrunePathConfig(
             expert_width=self.settings.expert_width,
             router_rank=self.settings.router_rank,
+            router_form=self.router_form,
             seed=self.settings.seed,
             calibration_tokens=32768,
         )
@@ -92,3 +94,10 @@ class PrunePath(Method):
         prunepath.set_budget(self.model, budget)
         self._counting.close()
         self.counts = self._counting.enter_context(prunepath.record_counts(self.model))
+
+
+class PrunePathLinear(PrunePath):
+    """PrunePath with routers whose logits are linear in the hidden state."""
+
+    name = "prunepath-linear"
+    router_form = "linear"

@@ -4,6 +4,7 @@ from torch import nn
 
 from prunepath.nn import FFNLayout, SparseFFN
 from prunepath.nn.experts import expert_contributions, router_target
+from prunepath.ops.reference import ACTIVATIONS
 from prunepath.train.router import RouterQuality, RouterTraining
 
 
@@ -72,3 +73,73 @@ def test_quality_is_perfect_for_the_true_shares_and_names_what_is_missed():
     # One expert of four is a quarter: the first token's choice has 3 of 6, the second's 4 of 4.
     half = RouterQuality.of(torch.tensor([[0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]), true)
     assert half.recall == pytest.approx(7 / 10) and half.kl > 0.05
+
+
+def fine_ffn(form, rank, activation="silu", gated=True, hidden=32, width=64):
+    """Experts of one neuron, with biases."""
+    torch.manual_seed(0)
+    dense = nn.Module()
+    names = ["gate", "up"] if gated else ["up"]
+    for name in names:
+        setattr(dense, name, nn.Linear(hidden, width))
+    dense.down = nn.Linear(width, hidden)
+    layout = FFNLayout(gate="gate" if gated else None, up="up", down="down", activation=activation)
+    return SparseFFN(dense, layout, width, router_rank=rank, router_form=form).eval()
+
+
+def correlated(tokens, hidden=32, seed=1):
+    """Inputs most of whose variance is in a few directions, as those of real models, off the origin."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(hidden, hidden, generator=torch.Generator().manual_seed(0))
+    return torch.randn(tokens, hidden, generator=generator) * torch.logspace(0.3, -1, hidden) @ basis * 0.5 + 0.3
+
+
+def trained(ffn, tokens=16384, rate=0.2):
+    training = RouterTraining(ffn, rate)
+    for step, batch in enumerate(correlated(tokens).split(2048)):
+        training.schedule(step * 2048 / tokens)
+        with torch.no_grad():
+            training.observe(batch, ffn.hidden(batch))
+    training.finish()
+    return ffn
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_a_factored_router_of_full_rank_begins_as_the_contributions_themselves(activation, gated):
+    ffn = trained(fine_ffn("factored", 0, activation, gated), tokens=2048, rate=1e-9)
+    x = correlated(256, seed=2)
+    with torch.no_grad():
+        found = RouterQuality.of(ffn.router(x), expert_contributions(ffn.hidden(x), ffn.down.weight.t(), 64))
+    assert found.kl < 0.01 and found.recall > 0.995
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_a_factored_router_chooses_better_than_a_linear_one(activation, gated):
+    x = correlated(2048, seed=2)
+    qualities = {}
+    for form in ("linear", "factored"):
+        ffn = trained(fine_ffn(form, 12, activation, gated))
+        with torch.no_grad():
+            true = expert_contributions(ffn.hidden(x), ffn.down.weight.t(), 64)
+            qualities[form] = RouterQuality.of(ffn.router(x), true)
+    assert qualities["factored"].kl < qualities["linear"].kl
+    assert qualities["factored"].recall > qualities["linear"].recall
+
+
+def test_a_factored_router_does_not_mind_the_scale_of_the_ffn():
+    """Half precision's weights are of one size, and half of what float32 chooses is not lost to it."""
+    x = correlated(512, seed=2)
+    choices = []
+    for scale in (1.0, 0.01):
+        ffn = fine_ffn("factored", 16)
+        with torch.no_grad():
+            ffn.down.weight *= scale
+        trained(ffn)
+        sizes = [w.square().mean().sqrt().item() for w in (ffn.router.w_in, ffn.router.w_out)]
+        assert 0.2 < sizes[0] / sizes[1] < 5.0
+        choices.append(ffn.router(x).topk(16).indices.sort().values)
+        choices.append(ffn.router.bfloat16()(x).topk(16).indices.sort().values)
+    same = [(choices[0].unsqueeze(2) == other.unsqueeze(1)).any(2).float().mean() for other in choices[1:]]
+    assert min(same) > 0.95
