@@ -122,12 +122,6 @@ class Run:
                 cell["results"] = [self._evaluate(method, heads, b) for b in at]
                 cell["seconds"] = time.monotonic() - began
                 write_whole(paths[trained], json.dumps(cell).encode())
-                for result in cell["results"]:
-                    values = ", ".join(f"{task} {r['value']:.4f}" for task, r in result["tasks"].items())
-                    self.say(
-                        f"  {'trained' if trained else 'plain'} {result['budget']:g}: active {result['active']:.3f}, "
-                        f"bytes {result['bytes']:.3f}, {values}"
-                    )
 
     def _stages(self, name: str) -> list[bool]:
         bound = name.startswith("oracle")
@@ -157,6 +151,8 @@ class Run:
             for name, task in self.tasks.items():
                 found[name] = task.evaluate(method.model, heads)
         active, read = method.active_fraction(), method.bytes_read()
+        values = ", ".join(f"{name} {result['value']:.4f}" for name, result in found.items())
+        self.say(f"  budget {budget:g}: active {active:.3f}, bytes {read:.3f}, {values}")
         return {"budget": budget, "active": active, "bytes": read, "per_layer": method.per_layer(), "tasks": found}
 
 

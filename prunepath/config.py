@@ -28,8 +28,8 @@ class PrunePathConfig:
             finest, unless `num_experts` is given.
         num_experts: experts E = D / n of every FFN, which is the other way to say it.
         router_rank: rank r of the routers; 0 is full rank. By default it suits the model's hidden size.
-        router_form: how routers tell what an expert will contribute (`prunepath.nn.Router`): `factored`, the default for
-            experts of one neuron, estimates its activation; `linear`, the default for wider ones, its logit.
+        router_form: how routers tell what an expert will contribute (`prunepath.nn.Router`): `factored`, the default
+            for experts of one neuron, estimates its activation; `linear`, the default for wider ones, its logit.
         partition: how neurons are grouped where an expert has several: `coactivation`, `weights`, `contiguous` or
             `random`. With one neuron an expert they keep their order.
         min_experts: experts that always run, per token.

@@ -25,7 +25,7 @@ class SparseDescription:
     """The contents of `quantization_config`.
 
     Attributes:
-        config: how the model was converted; its expert width or number and its routers' rank and form are those in force.
+        config: how the model was converted; its expert width or number, router rank and router form are in force.
         ffns: dotted paths of the FFNs in the model without its head, in the order of its modules.
         thresholds: the current threshold of each FFN.
         budgets: calibrated table, budget -> threshold of each FFN; empty for a model that was not calibrated.

@@ -17,15 +17,15 @@ class Router(nn.Module):
 
         z_e = s_e + Σ_f ½·log(φ_f(v_fe)² + ε_fe²),    φ_1 = φ, φ_2(v) = v.
 
-    The floor ε is what the estimate may be wrong by; e^s is the norm of the neuron's output weights. A product's logarithm
-    is no linear function of x: neurons matter by magnitude, whatever the sign of up·x.
+    The floor ε is what the estimate may be wrong by; e^s is the norm of the neuron's output weights. A product's
+    logarithm is no linear function of x: neurons matter by magnitude, whatever the sign of up·x.
 
     Its parameters require no gradient, since no model output has one for them: what trains routers says so.
 
     Args:
         hidden_size: H, the width of the FFN's input.
         num_experts: E.
-        rank: r; W_in is [r, H], and W_out [E, r] or [F·E, r]. 0 is full rank: W_out has H columns, and there is no W_in.
+        rank: r; W_in is [r, H], and W_out [E, r] or [F·E, r]. 0 is full rank: no W_in, and W_out has H columns.
         factors: F of the factored form, 1 or 2; 0 is the linear form.
         activation: of the FFN. Its stand-in φ (`reference.ROUTER_ACTIVATIONS`) ranks what ReLU would all make zero.
 

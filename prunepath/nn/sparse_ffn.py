@@ -137,7 +137,9 @@ class SparseFFN(nn.Module):
 
     def is_served_by_kernels(self, x: torch.Tensor) -> bool:
         """Whether x [T, H] is served by `run_kernels` or `executor`, which read the active experts alone."""
-        if self.router.factors or torch.is_grad_enabled() or self.selector is not None or (self.layout.dropout and self.training):
+        if self.router.factors:
+            return False
+        if torch.is_grad_enabled() or self.selector is not None or (self.layout.dropout and self.training):
             return False
         if forward_ad._current_level >= 0:
             return False  # forward-mode derivatives (torch.func.jvp), for which gradients need not be enabled
