@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from baselines.base import Method
 from mixture import IGNORED, Packed
 from torch import nn
 from torch.nn import functional as F
+
+from prunepath.nn import SparseFFN
 
 DISTILLATION_WEIGHT = 1.0
 HEAD_WEIGHT = 0.5
@@ -116,6 +119,25 @@ class Teacher:
         return self.hidden
 
 
+@contextlib.contextmanager
+def compiled_parts(model: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Compiles, inside the `with` block, what all methods have in common: attention, norms, dense FFNs; and routers.
+
+    Launching their many small kernels takes longer than the kernels do. Blocks are alike and share what is compiled.
+    """
+    blocks = [block for blocks in model.modules() if isinstance(blocks, nn.ModuleList) for block in blocks]
+    parts = [child for block in blocks for child in block.children()]
+    parts = [part for part in parts if not any(isinstance(module, SparseFFN) for module in part.modules())]
+    parts += [module.router for module in model.modules() if isinstance(module, SparseFFN)]
+    for part in parts if enabled else ():
+        part.compile()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part._compiled_call_impl = None
+
+
 def finetune(
     method: Method,
     heads: nn.ModuleDict,
@@ -152,31 +174,34 @@ def finetune(
     target_of = Teacher(teacher)
     losses = []
     model.train()
-    for step in range(steps):
-        batch = next(batches).to(device)
-        method.before_step(step / steps)
-        scored = (batch.labels.flatten() != IGNORED).nonzero().squeeze(1)
-        target = target_of(batch)[scored]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            hidden = final_hidden(model, batch)
-        loss = LanguageLoss.apply(
-            hidden[scored],
-            model.get_output_embeddings().weight,
-            target,
-            teacher.get_output_embeddings().weight,
-            batch.labels.flatten()[scored],
-        )
-        loss = loss + method.auxiliary_loss()
-        if batch.heads:
-            of_heads = [F.cross_entropy(heads[n](hidden[where].float()), c) for n, (where, c) in batch.heads.items()]
-            loss = loss + HEAD_WEIGHT * torch.stack(of_heads).mean()
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * warm_cosine(step / steps)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        losses.append(loss.detach())
+    with compiled_parts(model, enabled=device.type == "cuda"):
+        for step in range(steps):
+            batch = next(batches).to(device)
+            method.before_step(step / steps)
+            scored = (batch.labels.flatten() != IGNORED).nonzero().squeeze(1)
+            target = target_of(batch)[scored]
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                hidden = final_hidden(model, batch)
+            loss = LanguageLoss.apply(
+                hidden[scored],
+                model.get_output_embeddings().weight,
+                target,
+                teacher.get_output_embeddings().weight,
+                batch.labels.flatten()[scored],
+            )
+            loss = loss + method.auxiliary_loss()
+            if batch.heads:
+                of_heads = [
+                    F.cross_entropy(heads[n](hidden[where].float()), c) for n, (where, c) in batch.heads.items()
+                ]
+                loss = loss + HEAD_WEIGHT * torch.stack(of_heads).mean()
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * warm_cosine(step / steps)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            losses.append(loss.detach())
     model.eval()
     return torch.stack(losses).tolist() if losses else []
 
