@@ -33,6 +33,7 @@ struct Router {
   const Tensor& out;
   Parameter bias;
   int64_t rank;
+  std::optional<RouterFactors> factors;  // none of a linear router
   Thresholds thresholds;
   RouteLimits limits;
 };
@@ -76,7 +77,7 @@ class Ffn {
 
   Tensor routed(const Router& router, int32_t* counts) {
     const Scratch low_rank(2 * 4 * tile_size_ * router.rank);
-    const Scratch logits(4 * tile_size_ * num_experts_);
+    const Scratch logits(4 * tile_size_ * router.out.size(0));
     const Scratch selected(tile_size_ * num_experts_);
     for (begin_ = 0; begin_ < num_tokens_; begin_ += kTileTokens) {
       start_tile();
@@ -140,38 +141,53 @@ class Ffn {
     }
   }
 
-  // Multiplies x [tile, size] with a contiguous table [rows, size], in parallel over its rows.
-  void multiply(const float* x, const Tensor& table, Parameter bias, float* out) {
-    const int64_t rows = table.size(0);
-    const int64_t size = table.size(1);
-    const int64_t grain =
-        std::max<int64_t>(1, kMinMultiplyAddsPerChunk / (tile_.num_tokens * size));
-    parallel_for(0, rows, grain, [&](int64_t from, int64_t to) {
-      cpu_kernels().ffn.dot_rows(x, tile_.num_tokens, table.const_data_ptr(), weights_.dtype, size,
-                                 bias, from, to, out, rows);
-    });
+  // Rows of a table [., size] that are worth a thread, if `groups` of them are read at once.
+  int64_t row_grain(int64_t size, int64_t groups) const {
+    return std::max<int64_t>(1, kMinMultiplyAddsPerChunk / (tile_.num_tokens * size * groups));
   }
 
-  void make_logits(const Router& router, float* low_rank, float* logits) {
-    if (router.in == nullptr) {
-      return multiply(wide(), router.out, router.bias, logits);
+  // Multiplies x [tile, size] with the rows `from` to `to` of a contiguous table [rows, size].
+  void multiply(const float* x, const Tensor& table, Parameter bias, int64_t from, int64_t to,
+                float* out) {
+    cpu_kernels().ffn.dot_rows(x, tile_.num_tokens, table.const_data_ptr(), weights_.dtype,
+                               table.size(1), bias, from, to, out, table.size(0));
+  }
+
+  // Writes the logits to the first E of each token's row of `out`, which has the router's rows.
+  void make_logits(const Router& router, float* low_rank, float* out) {
+    const float* x = wide();
+    if (router.in != nullptr) {
+      const int64_t rank = router.rank;
+      parallel_for(0, rank, row_grain(hidden_size_, 1), [&](int64_t from, int64_t to) {
+        multiply(wide(), *router.in, {}, from, to, low_rank);
+      });
+      float* ordered = low_rank + tile_.num_tokens * rank;
+      for (int64_t at = 0; at < tile_.num_tokens * rank; at += rank) {
+        cpu_kernels().ffn.widen(low_rank + at, DType::kFloat32, 1, rank, weights_.dtype,
+                                ordered + at);
+      }
+      x = ordered;
     }
-    const int64_t size = tile_.num_tokens * router.rank;
-    multiply(wide(), *router.in, {}, low_rank);
-    for (int64_t at = 0; at < size; at += router.rank) {
-      cpu_kernels().ffn.widen(low_rank + at, DType::kFloat32, 1, router.rank, weights_.dtype,
-                              low_rank + size + at);
-    }
-    multiply(low_rank + size, router.out, router.bias, logits);
+    const int64_t E = num_experts_;
+    const int64_t groups = router.out.size(0) / E;
+    parallel_for(0, E, row_grain(router.out.size(1), groups), [&](int64_t from, int64_t to) {
+      for (int64_t begin = 0; begin < groups * E; begin += E) {
+        multiply(x, router.out, router.bias, begin + from, begin + to, out);
+      }
+      if (router.factors.has_value()) {
+        cpu_kernels().ffn.combine_factors(*router.factors, tile_.num_tokens, from, to, out);
+      }
+    });
   }
 
   void select(const Router& router, const float* logits, uint8_t* selected, int32_t* counts) {
     const int64_t E = num_experts_;
+    const int64_t stride = router.out.size(0);
     const int64_t grain = std::max<int64_t>(1, kMinExpertsPerChunk / E);
     parallel_for(0, tile_.num_tokens, grain, [&](int64_t from, int64_t to) {
       const Scratch scratch(route_scratch_size(E));
       for (int64_t t = from; t < to; ++t) {
-        counts[t] = cpu_kernels().route.select_row({logits + t * E, DType::kFloat32, 1}, E,
+        counts[t] = cpu_kernels().route.select_row({logits + t * stride, DType::kFloat32, 1}, E,
                                                    router.thresholds[begin_ + t], router.limits,
                                                    scratch.data(), selected + t * E);
       }
@@ -296,12 +312,18 @@ std::tuple<Tensor, Tensor> routed_ffn(
                                      router_log_scale};
   const int64_t num_experts = router_num_experts(op, router_tensors);
   const FfnShape shape = check_ffn(op, tensors, num_experts, activation);
-  const auto [rank, factors] = check_router(op, shape, x, router_tensors);
+  const auto [rank, num_factors] = check_router(op, shape, x, router_tensors);
+  std::optional<RouterFactors> factors;
+  if (num_factors > 0) {
+    factors = {num_experts, num_factors, make_parameter(router_floor),
+               make_parameter(router_log_scale), shape.activation};
+  }
   const Router router{
       rank > 0 ? &*router_in : nullptr,
       router_out,
       make_parameter(router_bias),
       rank,
+      factors,
       check_thresholds(op, threshold, shape.num_tokens, "x", x),
       {min_experts, check_expert_limits(op, min_experts, max_experts, num_experts)}};
   Tensor counts = new_tensor({shape.num_tokens}, ScalarType::Int);

@@ -14,7 +14,7 @@ namespace prunepath {
 // Tokens are worked on in tiles, so that a set of them is one word.
 constexpr int64_t kTileTokens = 64;
 
-// A bias: float32 or the weights' dtype; null is all zeros.
+// A bias, or one of a factored router's: float32 or the weights' dtype; null is all zeros.
 struct Parameter {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -45,6 +45,15 @@ struct ActiveNeurons {
   const uint64_t* masks;  // by place in the list: bit t is set iff token t of the tile needs it
 };
 
+// What a factored router makes logits of its factors with.
+struct RouterFactors {
+  int64_t num_experts;
+  int64_t num_factors;  // of an expert
+  Parameter floor;      // [num_factors * num_experts]
+  Parameter log_scale;  // [num_experts]
+  Activation activation;
+};
+
 struct FfnKernels {
   // Converts `size` elements, `stride` apart, to float32 in the order in which vectors of
   // `weights`' dtype are widened, as `dot_rows` and `run_neurons` want them.
@@ -56,6 +65,11 @@ struct FfnKernels {
   // others.
   void (*dot_rows)(const float* x, int64_t num_tokens, const void* table, DType dtype, int64_t size,
                    Parameter bias, int64_t begin, int64_t end, float* out, int64_t out_stride);
+
+  // Replaces the first factor by the logit, for the experts `begin` to `end` of every row of
+  // factors [num_tokens, num_factors * num_experts].
+  void (*combine_factors)(const RouterFactors& router, int64_t num_tokens, int64_t begin,
+                          int64_t end, float* factors);
 
   // Adds the output of the neurons `begin` to `end` of the list to the rows sum[t * hidden_size] of
   // the tokens that need them. `sum` and `partial` are [num_tokens, hidden_size] and zero at the

@@ -3,6 +3,7 @@
 
 #include "cpu/ffn_kernels.h"
 #include "cpu/simd.h"
+#include "cpu/simd_math.h"
 
 namespace prunepath {
 namespace {
@@ -198,6 +199,66 @@ void dot_rows(const float* x, int64_t num_tokens, const void* table, DType dtype
     }
   }();
   run(x, num_tokens, table, size, bias, begin, end, out, out_stride);
+}
+
+// `count` elements, at most kLanes of them, and then zeros.
+PRUNEPATH_INLINE Floats load_some(const Parameter& p, int64_t index, int64_t count) {
+  if (count == kLanes) {
+    switch (p.dtype) {
+      case DType::kBFloat16:
+        return load_in_order(static_cast<const BFloat16*>(p.data) + index);
+      case DType::kFloat16:
+        return load(static_cast<const Float16*>(p.data) + index);
+      default:
+        return load(static_cast<const float*>(p.data) + index);
+    }
+  }
+  float some[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    some[i] = parameter(p, index + i);
+  }
+  return load(some);
+}
+
+PRUNEPATH_INLINE Floats router_activate(Activation activation, Floats x) {
+  switch (activation) {
+    case Activation::kGelu:
+    case Activation::kGeluTanh:
+      return x / (1.0f + exp_of(-1.702f * x));
+    case Activation::kSilu:
+      return x / (1.0f + exp_of(-x));
+    case Activation::kRelu2: {
+      const Floats root = softplus(x);
+      return root * root;
+    }
+    default:
+      return softplus(x);
+  }
+}
+
+void combine_factors(const RouterFactors& router, int64_t num_tokens, int64_t begin, int64_t end,
+                     float* factors) {
+  const int64_t E = router.num_experts;
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    float* row = factors + t * router.num_factors * E;
+    for (int64_t e = begin; e < end; e += kLanes) {
+      const int64_t count = end - e < kLanes ? end - e : kLanes;
+      Floats logit = load_some(router.log_scale, e, count);
+      for (int64_t f = 0; f < router.num_factors; ++f) {
+        const Floats v = load_some({row, DType::kFloat32}, f * E + e, count);
+        const Floats factor = f == 0 ? router_activate(router.activation, v) : v;
+        const Floats floor = load_some(router.floor, f * E + e, count);
+        logit += 0.5f * log_of(factor * factor + floor * floor);
+      }
+      if (count == kLanes) {
+        store(row + e, logit);
+      } else {
+        for (int64_t i = 0; i < count; ++i) {
+          row[e + i] = logit[i];
+        }
+      }
+    }
+  }
 }
 
 template <typename W>
@@ -604,6 +665,6 @@ void run_neurons(const FfnWeights& weights, const ActiveNeurons& active, const T
 
 }  // namespace
 
-const FfnKernels PRUNEPATH_KERNELS = {widen, dot_rows, run_neurons};
+const FfnKernels PRUNEPATH_KERNELS = {widen, dot_rows, combine_factors, run_neurons};
 
 }  // namespace prunepath

@@ -1,6 +1,8 @@
 // Vectors of PRUNEPATH_LANES floats, for the files that are compiled once for every instruction
 // set. Everything is in an unnamed namespace, so that no code of one instruction set is linked into
-// another; include it once in each of those files.
+// another.
+
+#pragma once
 
 #include <cstdint>
 
@@ -62,6 +64,10 @@ PRUNEPATH_INLINE Floats load(const Float16* data) {
   return (Floats)(((words & 0x8000) << 16) | (is_subnormal & (Words)subnormal) |
                   (~is_subnormal & normal));
 #endif
+}
+
+PRUNEPATH_INLINE Floats load_in_order(const BFloat16* data) {
+  return (Floats)(__builtin_convertvector(load_bits<Halves>(data), Words) << 16);
 }
 
 // 2 * kLanes elements that follow each other, in the order that is cheapest to widen to: the even

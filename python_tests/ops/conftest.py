@@ -9,7 +9,8 @@ import torch
 
 @dataclasses.dataclass
 class FfnInputs:
-    """Random inputs: x, tables and router of one dtype, and the biases as keyword arguments."""
+    """Random inputs: x, tables and router of one dtype, and the biases and a factored router's floor and log-scale as
+    keyword arguments."""
 
     x: torch.Tensor
     gate: torch.Tensor | None
@@ -20,6 +21,7 @@ class FfnInputs:
     router_bias: torch.Tensor
     num_experts: int
     biases: dict[str, torch.Tensor]
+    factors: dict[str, torch.Tensor]
 
     @property
     def tables(self):
@@ -54,7 +56,7 @@ class FfnInputs:
 
     def routed(self, op, threshold, activation="silu", **options):
         """`op`, a `routed_ffn`, of these inputs."""
-        return op(self.x, *self.router, threshold, *self.tables, activation, **self.biases, **options)
+        return op(self.x, *self.router, threshold, *self.tables, activation, **self.biases, **self.factors, **options)
 
 
 @pytest.fixture
@@ -65,7 +67,8 @@ def make_ffn():
         width=6,
         hidden_size=40,
         *,
-        rank=8,
+        rank=8,  # None for a router of full rank
+        factored=False,
         gated=True,
         dtype=torch.float32,
         biases=True,
@@ -86,17 +89,24 @@ def make_ffn():
         if not gated:
             del given["gate_bias"]
         scale = hidden_size**-0.5
-        return FfnInputs(
+        router_rows = 2 * num_experts if factored and gated else num_experts
+        router_size = rank or hidden_size
+        ffn = FfnInputs(
             x=normal(num_tokens, hidden_size),
             gate=normal(intermediate_size, hidden_size, scale=scale) if gated else None,
             up=normal(intermediate_size, hidden_size, scale=scale),
             down_t=normal(intermediate_size, hidden_size),
-            router_in=normal(rank, hidden_size, scale=scale),
-            router_out=normal(num_experts, rank, scale=2 * rank**-0.5),
-            router_bias=normal(num_experts, dtype=torch.float32),
+            router_in=normal(rank, hidden_size, scale=scale) if rank else None,
+            router_out=normal(router_rows, router_size, scale=2 * router_size**-0.5),
+            router_bias=normal(router_rows, dtype=torch.float32),
             num_experts=num_experts,
             biases=given if biases else {},
+            factors={},
         )
+        if factored:
+            ffn.factors["router_floor"] = normal(router_rows, scale=0.2, dtype=bias_dtype)
+            ffn.factors["router_log_scale"] = normal(num_experts, dtype=bias_dtype)
+        return ffn
 
     return make
 

@@ -48,6 +48,90 @@ def test_equals_float64_reference(make_ffn, assert_close_to, dtype, num_tokens, 
     assert_close_to(y, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", reference.ROUTER_ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rank", [None, 9])
+def test_a_factored_router_equals_the_float64_reference(make_ffn, assert_close_to, dtype, activation, gated, rank):
+    for num_tokens, num_experts in ((1, 1), (2, 7), (67, 37)):
+        bias_dtype = dtype if num_tokens == 2 else torch.float32
+        ffn = make_ffn(num_tokens, num_experts, 3, 50, rank=rank, factored=True, gated=gated, dtype=dtype)
+        ffn.factors = {name: tensor.to(bias_dtype) for name, tensor in ffn.factors.items()}
+        logits = reference.router_logits(ffn.wide().x, *ffn.wide().router, **ffn.wide().factors, activation=activation)
+        threshold = clear_thresholds(logits, 0.7)
+        y, counts = ffn.routed(ops.routed_ffn, threshold, activation)
+        expected, expected_counts = ffn.wide().routed(reference.routed_ffn, threshold, activation)
+        assert torch.equal(counts, expected_counts)
+        assert_close_to(y, expected)
+
+
+def clear_thresholds(logits, tau):
+    """A threshold near `tau` for each token, in the middle of the mass of the expert that reaches it, so that rounding
+    changes no selection."""
+    before = reference.mass_before(logits).sort(1).values
+    ends = torch.cat([before, torch.ones_like(before[:, :1])], 1)
+    last = (before < tau).sum(1, keepdim=True) - 1
+    return ends.gather(1, torch.cat([last, last + 1], 1)).mean(1).float()
+
+
+@pytest.mark.parametrize("activation", reference.ROUTER_ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_factored_logits_are_accurate(make_ffn, activation, gated):
+    """Of two experts, the second of a known logit: at thresholds just below and just above the mass of the larger, one
+    and two are active."""
+    values = torch.cat(
+        [torch.linspace(-30, 30, 2001), torch.linspace(-3, 3, 2001), torch.tensor([0.0, 1e-30, 1e4, -1e4])]
+    )
+    ffn = make_ffn(0, 2, 1, 1, rank=None, factored=True, gated=gated)
+    ffn.x = values[:, None]
+    rows = len(ffn.router_out)
+    ffn.router_out = torch.tensor([[1.0], [0.0], [-0.5], [0.0]][:rows])
+    ffn.router_bias = torch.tensor([0.0, 0.7, 0.25, 1.5][:rows])
+    ffn.factors = {"router_floor": torch.full((rows,), 0.05), "router_log_scale": torch.tensor([0.3, -0.5])}
+    wide = ffn.wide()
+    logits = reference.router_logits(wide.x, *wide.router, **wide.factors, activation=activation)
+    larger = logits.softmax(1).amax(1).float()
+    assert ((larger < 0.99).sum() > 500) and logits.isfinite().all()
+    for offset, count in ((-3e-6, 1), (3e-6, 2)):
+        _, counts = ffn.routed(ops.routed_ffn, larger + offset, activation)
+        assert (counts == count).all(), values[counts != count]
+
+
+def test_a_factor_of_zero_without_a_floor_has_no_mass(make_ffn):
+    ffn = make_ffn(1, 21, 1, rank=None, factored=True, biases=False)
+    ffn.router_out.zero_()
+    ffn.router_bias.fill_(1.0)
+    ffn.factors["router_floor"].zero_()
+    ffn.router_bias[[3, 20, 21 + 5]] = 0.0  # φ_1 = silu for the first two, φ_2 for the third
+    assert ffn.routed(ops.routed_ffn, torch.tensor(0.999999))[1].tolist() == [18]
+    ffn.router_bias.zero_()  # nothing but −inf: equal mass everywhere
+    assert ffn.routed(ops.routed_ffn, torch.tensor(0.5))[1].tolist() == [11]
+
+
+@pytest.mark.parametrize("activation", reference.ROUTER_ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("where", ["router_bias", "router_floor", "router_log_scale"])
+def test_nan_in_a_factored_router_selects_every_expert(make_ffn, activation, gated, where):
+    ffn = make_ffn(2, 35, 1, factored=True, gated=gated)
+    assert (ffn.routed(ops.routed_ffn, torch.tensor(0.2), activation)[1] < 35).all()
+    parameter = ffn.router_bias if where == "router_bias" else ffn.factors[where]
+    for at in (0, 33, -1):
+        kept = parameter[at].clone()
+        for value in (math.nan, -math.nan):
+            parameter[at] = value
+            assert ffn.routed(ops.routed_ffn, torch.tensor(0.2), activation)[1].tolist() == [35] * 2
+        parameter[at] = kept
+
+
+@pytest.mark.parametrize("activation", reference.ROUTER_ACTIVATIONS)
+def test_an_infinite_factor_takes_all_the_mass(make_ffn, activation):
+    ffn = make_ffn(1, 35, 1, factored=True)
+    for at in (0, 17, 34):
+        ffn.router_bias[at] = math.inf
+        ffn.router_bias[35 + at] = -math.inf
+    assert ffn.routed(ops.routed_ffn, torch.tensor(0.999999), activation)[1].tolist() == [3]
+
+
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 31, 33, 64, 127, 1000, 4096, 14336, 65536])
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_selects_what_the_reference_selects_of_exact_logits(make_ffn, assert_close_to, num_experts, low_rank):
@@ -93,13 +177,11 @@ def test_logits_are_not_rounded_to_bfloat16(make_ffn):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden_size, rank", [(40, 8), (333, 45), (512, 256)])
-def test_a_token_is_routed_alike_alone_and_in_a_batch(make_ffn, dtype, hidden_size, rank):
+@pytest.mark.parametrize("factored", [False, True])
+def test_a_token_is_routed_alike_alone_and_in_a_batch(make_ffn, dtype, hidden_size, rank, factored):
     """Thresholds between neighbouring masses would show a logit that differs in its last bit."""
-    ffn = make_ffn(67, 300, 1, hidden_size, rank=rank, dtype=dtype)
-    for router_in in (ffn.router_in, None):
-        if router_in is None:
-            ffn.router_out = ffn.up[:300].contiguous()
-        ffn.router_in = router_in
+    for rank_or_full in (rank, None):
+        ffn = make_ffn(67, 300, 1, hidden_size, rank=rank_or_full, factored=factored, dtype=dtype)
         x = ffn.x
         for tau in (0.1, 0.5, 0.9):
             ffn.x = x
@@ -107,11 +189,11 @@ def test_a_token_is_routed_alike_alone_and_in_a_batch(make_ffn, dtype, hidden_si
             for tokens in ([0], [66], [3, 4], [5, 6, 7]):
                 ffn.x = x[tokens]
                 assert torch.equal(ffn.routed(ops.routed_ffn, torch.tensor(tau))[1], counts[tokens])
-        ffn.x = x
 
 
-def test_large_enough_for_several_threads(make_ffn, assert_close_to):
-    ffn = make_ffn(5, 130, 9, 600, rank=128)
+@pytest.mark.parametrize("factored", [False, True])
+def test_large_enough_for_several_threads(make_ffn, assert_close_to, factored):
+    ffn = make_ffn(5, 130, 9, 600, rank=600 if factored else 128, factored=factored)
     ffn.x[:] = ffn.x[0].clone()
     threshold = torch.tensor([0.01, 0.5, 0.8, 0.95, 1.0])
     y, counts = ffn.routed(ops.routed_ffn, threshold)
@@ -133,8 +215,9 @@ def test_threshold_one_is_the_dense_ffn(make_ffn, assert_close_to, dtype, gated)
     assert_close_to(y, h @ wide.down_t)
 
 
-def test_nan_in_a_token_makes_it_dense_and_leaves_the_others_alone(make_ffn):
-    ffn = make_ffn(3)
+@pytest.mark.parametrize("factored", [False, True])
+def test_nan_in_a_token_makes_it_dense_and_leaves_the_others_alone(make_ffn, factored):
+    ffn = make_ffn(3, factored=factored)
     threshold = torch.tensor(0.3)
     clean, clean_counts = ffn.routed(ops.routed_ffn, threshold)
     ffn.x[1, 0] = math.nan
@@ -145,8 +228,9 @@ def test_nan_in_a_token_makes_it_dense_and_leaves_the_others_alone(make_ffn):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [0, 1, 70])
-def test_writes_every_element_and_repeats(make_ffn, poison, dtype, num_tokens):
-    ffn = make_ffn(num_tokens, 16, 72, 130, dtype=dtype)
+@pytest.mark.parametrize("factored", [False, True])
+def test_writes_every_element_and_repeats(make_ffn, poison, dtype, num_tokens, factored):
+    ffn = make_ffn(num_tokens, 16, 72, 130, factored=factored, dtype=dtype)
     expected = ffn.routed(ops.routed_ffn, torch.tensor(0.8))
     assert expected[0].isfinite().all()
     for _ in range(5):
@@ -157,7 +241,7 @@ def test_writes_every_element_and_repeats(make_ffn, poison, dtype, num_tokens):
 
 def test_two_threads_at_once(make_ffn):
     """Each with its own tokens and thresholds; nothing of a call is shared."""
-    ffns = [make_ffn(t, 300, 1, 130, seed=1) for t in (1, 9)]
+    ffns = [make_ffn(t, 300, 1, 130, factored=t == 9, seed=1) for t in (1, 9)]
     thresholds = [torch.tensor(0.4), torch.tensor(0.9)]
     pairs = list(zip(ffns, thresholds, strict=True))
     expected = [ffn.routed(ops.routed_ffn, threshold) for ffn, threshold in pairs]
@@ -221,6 +305,48 @@ def test_bad_arguments_are_named(make_ffn, change, message):
         ops.routed_ffn(**(arguments | change))
 
 
+BAD_FACTORS = [
+    ({"router_log_scale": None}, "router_floor and router_log_scale, or neither, got one of them"),
+    ({"router_floor": None}, "router_floor and router_log_scale, or neither, got one of them"),
+    ({"router_log_scale": torch.zeros(5, 1)}, r"router_log_scale of shape \[E\], got \[5, 1\]"),
+    ({"router_log_scale": torch.zeros(4)}, "the number of experts to divide the 30 neurons of up, got 4 experts"),
+    ({"router_log_scale": torch.zeros(5).double()}, "router_log_scale of dtype float32 or float32, got float64"),
+    ({"router_log_scale": torch.zeros(10)[::2]}, "router_log_scale to be contiguous, .*"),
+]
+
+
+@pytest.mark.parametrize(
+    "gated, change, message",
+    [
+        *((gated, *bad) for gated in (True, False) for bad in BAD_FACTORS),
+        (True, {"router_log_scale": torch.zeros(6)}, r"router_out of shape \[2 \* E, r\] = \[12, 8\], got \[10, 8\]"),
+        (True, {"router_out": torch.zeros(5, 8)}, r"router_out of shape \[2 \* E, r\] = \[10, 8\], got \[5, 8\]"),
+        (True, {"router_in": None}, r"router_out of shape \[2 \* E, H\] = \[10, 40\], got \[10, 8\]"),
+        (True, {"router_bias": torch.zeros(5)}, r"router_bias of shape \[2 \* E\] = \[10\], got \[5\]"),
+        (True, {"router_floor": torch.zeros(5)}, r"router_floor of shape \[2 \* E\] = \[10\], got \[5\]"),
+        (True, {"router_floor": torch.zeros(10).half()}, "router_floor of dtype float32 or float32, got float16"),
+        (False, {"router_out": torch.zeros(10, 8)}, r"router_out of shape \[E, r\] = \[5, 8\], got \[10, 8\]"),
+        (False, {"router_bias": torch.zeros(10)}, r"router_bias of shape \[E\] = \[5\], got \[10\]"),
+        (False, {"router_floor": torch.zeros(10)}, r"router_floor of shape \[E\] = \[5\], got \[10\]"),
+    ],
+)
+def test_bad_arguments_of_a_factored_router_are_named(make_ffn, gated, change, message):
+    ffn = make_ffn(factored=True, gated=gated)
+    names = ("x", "router_in", "router_out", "router_bias", "threshold", "gate", "up", "down_t", "activation")
+    values = (ffn.x, *ffn.router, torch.tensor(0.5), *ffn.tables, "silu")
+    arguments = dict(zip(names, values, strict=True)) | ffn.factors
+    ops.routed_ffn(**arguments)
+    with pytest.raises(RuntimeError, match=rf"prunepath::routed_ffn: expected {message}\.$"):
+        ops.routed_ffn(**(arguments | change))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_opcheck_of_a_factored_router(make_ffn, gated):
+    ffn = make_ffn(factored=True, gated=gated)
+    arguments = (ffn.x, *ffn.router, torch.tensor(0.5), *ffn.tables, "silu")
+    torch.library.opcheck(OP, arguments, ffn.biases | ffn.factors)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 3])
 def test_opcheck(make_ffn, num_tokens):
     ffn = make_ffn(num_tokens)
@@ -238,8 +364,9 @@ def test_outputs_carry_no_gradient(make_ffn):
     assert not y.requires_grad
 
 
-def test_compiles_whole_and_a_new_threshold_does_not_recompile(make_ffn):
-    ffn = make_ffn()
+@pytest.mark.parametrize("factored", [False, True])
+def test_compiles_whole_and_a_new_threshold_does_not_recompile(make_ffn, factored):
+    ffn = make_ffn(factored=factored)
     compiles = []
 
     def counting_backend(graph, inputs):
@@ -247,7 +374,7 @@ def test_compiles_whole_and_a_new_threshold_does_not_recompile(make_ffn):
         return graph.forward
 
     def f(x, threshold):
-        y, counts = ops.routed_ffn(x * 2, *ffn.router, threshold, *ffn.tables, "silu")
+        y, counts = ops.routed_ffn(x * 2, *ffn.router, threshold, *ffn.tables, "silu", **ffn.factors)
         return y + 1, counts
 
     compiled = torch.compile(f, fullgraph=True, backend=counting_backend)
