@@ -62,6 +62,32 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def router_activate(x, ACTIVATION: tl.constexpr):
+    """What a factored router applies in the activation's place to float32 x; see `prunepath.ops.reference`."""
+    if ACTIVATION == "gelu" or ACTIVATION == "gelu_tanh":
+        y = x / (1.0 + tl.exp(-1.702 * x))
+    elif ACTIVATION == "silu":
+        y = x / (1.0 + tl.exp(-x))
+    else:
+        tl.static_assert(ACTIVATION == "relu" or ACTIVATION == "relu2")
+        # log(1 + e) = 2·artanh(e / (2 + e)) as a series: a logarithm of what is near 1 would lose a small e.
+        e = tl.exp(-tl.abs(x))
+        s = e / (2.0 + e)
+        square = s * s
+        series = square / 15.0 + 1.0 / 13.0
+        series = series * square + 1.0 / 11.0
+        series = series * square + 1.0 / 9.0
+        series = series * square + 1.0 / 7.0
+        series = series * square + 1.0 / 5.0
+        series = series * square + 1.0 / 3.0
+        series = series * square + 1.0
+        y = tl.maximum(x, 0.0) + 2.0 * s * series
+        if ACTIVATION == "relu2":
+            y = y * y
+    return y
+
+
+@triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
     """total + a·b in float32. PRECISION is that of float32 operands: "ieee", or "tf32" for those that
     `round_to_tf32` made or that were float16."""

@@ -131,16 +131,36 @@ def check_selection(op: str, x: Tensor, expert_ids: Tensor, counts: Tensor) -> N
 
 
 def check_router(
-    op: str, x: Tensor, up: Tensor, router_in: Tensor | None, router_out: Tensor, router_bias: Tensor | None
-) -> None:
+    op: str,
+    x: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    router_in: Tensor | None,
+    router_out: Tensor,
+    router_bias: Tensor | None,
+    router_floor: Tensor | None,
+    router_log_scale: Tensor | None,
+) -> tuple[int, int]:
+    """Returns the number of experts and of factors, 0 for a linear router."""
     for name, weight in (("router_in", router_in), ("router_out", router_out)):
         if weight is not None and weight.dim() != 2:
             fail(op, f"expected {name} of two dimensions, got shape {list(weight.shape)}")
-    inner, symbols = x.shape[1], "[E, H]"
+    if (router_floor is None) != (router_log_scale is None):
+        fail(op, "expected router_floor and router_log_scale, or neither, got one of them")
+    if router_log_scale is not None and router_log_scale.dim() != 1:
+        fail(op, f"expected router_log_scale of shape [E], got {list(router_log_scale.shape)}")
+    inner, symbol = x.shape[1], "H"
     if router_in is not None:
         check_tensor(op, "router_in", router_in, "x", x, (x.dtype,), (router_in.shape[0], inner), "[r, H]")
-        inner, symbols = router_in.shape[0], "[E, r]"
-    num_experts = router_out.shape[0]
-    check_tensor(op, "router_out", router_out, "x", x, (x.dtype,), (num_experts, inner), symbols)
+        inner, symbol = router_in.shape[0], "r"
+    num_experts, factors, rows = router_out.shape[0], 0, "E"
+    if router_log_scale is not None:
+        num_experts, factors = router_log_scale.shape[0], 1 if gate is None else 2
+        rows = "E" if gate is None else "2 * E"
     check_num_experts(op, up, num_experts)
-    check_bias(op, "router_bias", router_bias, x, num_experts, "[E]")
+    num_rows = max(factors, 1) * num_experts
+    check_tensor(op, "router_out", router_out, "x", x, (x.dtype,), (num_rows, inner), f"[{rows}, {symbol}]")
+    check_bias(op, "router_bias", router_bias, x, num_rows, f"[{rows}]")
+    check_bias(op, "router_floor", router_floor, x, num_rows, f"[{rows}]")
+    check_bias(op, "router_log_scale", router_log_scale, x, num_experts, "[E]")
+    return num_experts, factors

@@ -8,16 +8,25 @@ import triton.language as tl
 from torch import Tensor
 
 from . import checks
-from .arithmetic import DOT_TOKENS, project, to_float
+from .arithmetic import DOT_TOKENS, project, router_activate, to_float
 from .ffn import block_tokens, ffn, power_of_2, stages
 from .route import TILE, select_into
+
+
+@triton.jit
+def log_of_factor(factor, floor, row, valid):
+    """½·log(factor² + floor²), [rows, tokens]."""
+    low = to_float(tl.load(floor + row, mask=valid, other=1.0))[:, None]
+    return 0.5 * tl.log(factor * factor + low * low)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def router_kernel(
     x,
-    weight,  # [rows, size]
+    weight,  # [rows, size], or [FACTORS * rows, size]; bias and floor have as many
     bias,
+    floor,
+    log_scale,  # [rows]
     out,  # float32 [T, rows]
     token_bits,  # int64 [ceil(T / 64), rows] or None: set to zero
     num_tokens,
@@ -25,11 +34,14 @@ def router_kernel(
     size,
     x_token_stride,
     x_stride,
+    FACTORS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """weight·x + bias in float32. Grid: blocks of rows, tiles of 64 tokens or fewer."""
+    """weight·x + bias in float32, or the logits of a router of so many factors. Grid: blocks of rows, tiles of 64
+    tokens or fewer."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     valid = row < num_rows
@@ -38,14 +50,33 @@ def router_kernel(
     z = project(weight + row.to(tl.int64) * size, valid, tokens, x_stride, present, size, ROWS, TOKENS, BLOCK)
     if bias is not None:
         z += to_float(tl.load(bias + row, mask=valid, other=0.0))[:, None]
+    if FACTORS > 0:
+        z = log_of_factor(router_activate(z, ACTIVATION), floor, row, valid)
+        if FACTORS == 2:
+            other = num_rows + row
+            v = project(weight + other.to(tl.int64) * size, valid, tokens, x_stride, present, size, ROWS, TOKENS, BLOCK)
+            if bias is not None:
+                v += to_float(tl.load(bias + other, mask=valid, other=0.0))[:, None]
+            z += log_of_factor(v, floor, other, valid)
+        z += to_float(tl.load(log_scale + row, mask=valid, other=0.0))[:, None]
     tl.store(out + token[None, :] * num_rows + row[:, None], z, mask=valid[:, None] & present[None, :])
     if token_bits is not None:
         zeros = tl.zeros((ROWS,), tl.int64)
         tl.store(token_bits + tl.program_id(1).to(tl.int64) * num_rows + row, zeros, mask=valid)
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, token_bits: Tensor | None) -> Tensor:
-    num_tokens, (num_rows, size) = x.shape[0], weight.shape
+def _project(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    token_bits: Tensor | None = None,
+    *,
+    floor: Tensor | None = None,
+    log_scale: Tensor | None = None,
+    factors: int = 0,
+    activation: str = "",
+) -> Tensor:
+    num_tokens, size, num_rows = x.shape[0], weight.shape[1], weight.shape[0] // max(factors, 1)
     out = torch.empty(num_tokens, num_rows, dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return out
@@ -59,12 +90,16 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, token_bits: Tensor 
         x,
         weight,
         bias,
+        floor,
+        log_scale,
         out,
         token_bits,
         num_tokens,
         num_rows,
         size,
         *x.stride(),
+        FACTORS=factors,
+        ACTIVATION=activation,
         TOKENS=tokens,
         ROWS=rows,
         BLOCK=block,
@@ -85,6 +120,8 @@ def routed_ffn(
     down_t: Tensor,
     activation: str,
     *,
+    router_floor: Tensor | None = None,
+    router_log_scale: Tensor | None = None,
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -94,14 +131,25 @@ def routed_ffn(
     """Router, top-mass selection and FFN: y [T, H], counts int32 [T]; see `prunepath.ops.routed_ffn`."""
     op = "routed_ffn"
     checks.check_ffn(op, x, gate, up, down_t, activation, gate_bias, up_bias, down_bias)
-    checks.check_router(op, x, up, router_in, router_out, router_bias)
-    num_tokens, num_experts = x.shape[0], router_out.shape[0]
+    num_experts, factors = checks.check_router(
+        op, x, up, gate, router_in, router_out, router_bias, router_floor, router_log_scale
+    )
+    num_tokens = x.shape[0]
     checks.check_threshold(op, threshold, "x", x)
     checks.check_limits(op, num_experts, min_experts, max_experts)
     counts = torch.empty(num_tokens, dtype=torch.int32, device=x.device)
     token_bits = torch.empty(triton.cdiv(num_tokens, TILE), num_experts, dtype=torch.int64, device=x.device)
     with torch.cuda.device_of(x):
-        u = x if router_in is None else _project(x, router_in, None, None)
-        logits = _project(u, router_out, router_bias, token_bits)
+        u = x if router_in is None else _project(x, router_in)
+        logits = _project(
+            u,
+            router_out,
+            router_bias,
+            token_bits,
+            floor=router_floor,
+            log_scale=router_log_scale,
+            factors=factors,
+            activation=activation if factors > 0 else "",  # a linear router's kernel is the same for all
+        )
         select_into(logits, threshold, min_experts, max_experts, counts, token_bits=token_bits)
         return ffn(x, gate, up, down_t, token_bits, activation, gate_bias, up_bias, down_bias), counts

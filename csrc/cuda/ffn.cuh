@@ -56,8 +56,11 @@ struct GivenExperts {
 
 struct Router {
   const void* in;   // [rank, H]; null: full rank
-  const void* out;  // [E, rank], or [E, H]
+  const void* out;  // [E, rank], or [E, H]; of a factored router factors * E rows
   DeviceParameter bias;
+  DeviceParameter floor;      // [factors * E]
+  DeviceParameter log_scale;  // [E]
+  int32_t factors;            // 0: a linear router
   int32_t rank;
   const float* thresholds;
   int64_t threshold_stride;

@@ -18,8 +18,10 @@ constexpr int kSmallBlock = 128;
 constexpr int kLargeBlock = 1024;
 
 // out[t, row] = weight[row]·in[t] + bias[row] in float32, the same whatever the number of tokens.
+// With factors, out has the logits that they make: factor f of an expert is weight's row
+// f * rows + row.
 struct Products {
-  const void* weight;  // [rows, width]
+  const void* weight;  // [rows, width], or [factors * rows, width]
   const void* in;      // [tokens, width]
   DeviceParameter bias;
   float* out;  // [tokens, rows]
@@ -27,65 +29,120 @@ struct Products {
   int32_t rows;
   int32_t width;
   int32_t lanes;  // threads of a row: a power of two up to a warp, or the whole block
+  // With factors.
+  DeviceParameter floor;
+  DeviceParameter log_scale;
+  Activation activation;
 };
 
-template <typename W, typename In, int kVec, int kTokens>
+template <typename W, int kFactors, int kRows>
+__device__ __forceinline__ float output_of(const Products& args, int row,
+                                           const float (&sums)[kRows]) {
+  if constexpr (kFactors == 0) {
+    return sums[0] + parameter_at<W>(args.bias, row);
+  } else {
+    float logs = 0.0f;
+#pragma unroll
+    for (int f = 0; f < kFactors; ++f) {
+      const int at = f * args.rows + row;
+      const float estimate = sums[f] + parameter_at<W>(args.bias, at);
+      const float factor = f == 0 ? router_activate(args.activation, estimate) : estimate;
+      const float floor = parameter_at<W>(args.floor, at);
+      logs += 0.5f * logf(factor * factor + floor * floor);
+    }
+    return logs + parameter_at<W>(args.log_scale, row);
+  }
+}
+
+template <typename W, typename In, int kVec, int kTokens, int kFactors>
 __global__ void __launch_bounds__(kProductThreads) products_kernel(const Products args) {
-  __shared__ float warp_sums[kProductThreads / kWarp][kTokens];
+  constexpr int kRows = kFactors == 0 ? 1 : kFactors;  // of weight, for one of out
+  constexpr int kUnroll = 4 / kRows;                   // so that as many loads are on their way
+  __shared__ float warp_sums[kProductThreads / kWarp][kTokens][kRows];
   const int row = blockIdx.x * (kProductThreads / args.lanes) + threadIdx.x / args.lanes;
   const int lane = threadIdx.x % args.lanes;
   const int first = blockIdx.y * kTokens;
   const int tokens = ::min(kTokens, args.num_tokens - first);
   const int vectors = row < args.rows ? args.width / kVec : 0;
-  const W* weight = static_cast<const W*>(args.weight) + static_cast<int64_t>(row) * args.width;
+  const W* weights[kRows];
+#pragma unroll
+  for (int k = 0; k < kRows; ++k) {
+    weights[k] = static_cast<const W*>(args.weight) +
+                 (static_cast<int64_t>(k) * args.rows + row) * args.width;
+  }
   for (int v = lane; v < vectors; v += args.lanes) {
-    prefetch(weight + v * kVec);
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      prefetch(weights[k] + v * kVec);
+    }
   }
   wait_for_previous_kernel();
   let_next_kernel_start();
-  float dot[kTokens] = {};
-#pragma unroll 4
+  float sums[kTokens][kRows] = {};
+#pragma unroll kUnroll
   for (int v = lane; v < vectors; v += args.lanes) {
-    const Vector<W, kVec> w = load_vector<W, kVec>(weight + v * kVec);
+    Vector<W, kVec> w[kRows];
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      w[k] = load_vector<W, kVec>(weights[k] + v * kVec);
+    }
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       const int64_t token = first + ::min(t, tokens - 1);
       float in[kVec];
       load_floats(static_cast<const In*>(args.in) + token * args.width + v * kVec, in);
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        dot[t] = fmaf(w[i], in[i], dot[t]);
+      for (int k = 0; k < kRows; ++k) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+          sums[t][k] = fmaf(w[k][i], in[i], sums[t][k]);
+        }
       }
     }
   }
-  const auto write = [&](int t, float sum) {
+  const auto write = [&](int t, const float (&sum)[kRows]) {
     args.out[static_cast<int64_t>(first + t) * args.rows + row] =
-        sum + parameter_at<W>(args.bias, row);
+        output_of<W, kFactors>(args, row, sum);
   };
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
-    const float sum = sum_lanes(dot[t], ::min(args.lanes, kWarp));
-    if (args.lanes > kWarp) {
-      if (threadIdx.x % kWarp == 0) {
-        warp_sums[threadIdx.x / kWarp][t] = sum;
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      sums[t][k] = sum_lanes(sums[t][k], ::min(args.lanes, kWarp));
+      if (args.lanes > kWarp && threadIdx.x % kWarp == 0) {
+        warp_sums[threadIdx.x / kWarp][t][k] = sums[t][k];
       }
-    } else if (lane == 0 && row < args.rows && t < tokens) {
-      write(t, sum);
     }
   }
   if (args.lanes > kWarp) {
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < tokens) {
-      float sum = 0.0f;
+      float sum[kRows] = {};
       for (int warp = 0; warp < kProductThreads / kWarp; ++warp) {
-        sum += warp_sums[warp][threadIdx.x];
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) {
+          sum[k] += warp_sums[warp][threadIdx.x][k];
+        }
       }
       write(threadIdx.x, sum);
     }
+    return;
+  }
+  // Every lane has the sums, and each writes another token's.
+  for (int t = lane; t < tokens && row < args.rows; t += args.lanes) {
+    float sum[kRows] = {};
+#pragma unroll
+    for (int other = 0; other < kTokens; ++other) {
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
+        sum[k] = other == t ? sums[other][k] : sum[k];
+      }
+    }
+    write(t, sum);
   }
 }
 
-template <typename W, typename In, int kVec>
+template <typename W, typename In, int kVec, int kFactors>
 void launch_products_vec(const Target& target, Products args) {
   const auto vectors = static_cast<unsigned>(args.width / kVec);
   args.lanes = vectors >= kProductThreads
@@ -94,38 +151,66 @@ void launch_products_vec(const Target& target, Products args) {
   const int block_rows = kProductThreads / args.lanes;
   const auto blocks = static_cast<unsigned>((args.rows + block_rows - 1) / block_rows);
   if (args.num_tokens == 1) {
-    launch(target, products_kernel<W, In, kVec, 1>, dim3(blocks), kProductThreads, args);
+    launch(target, products_kernel<W, In, kVec, 1, kFactors>, dim3(blocks), kProductThreads, args);
   } else {
     const auto groups = static_cast<unsigned>((args.num_tokens + kTogether - 1) / kTogether);
-    launch(target, products_kernel<W, In, kVec, kTogether>, dim3(blocks, groups), kProductThreads,
-           args);
+    launch(target, products_kernel<W, In, kVec, kTogether, kFactors>, dim3(blocks, groups),
+           kProductThreads, args);
+  }
+}
+
+template <typename W, typename In, int kFactors>
+void launch_products(const Target& target, const Products& args) {
+  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+  if (args.width % kFullVector<W> == 0 && aligned(args.weight) && aligned(args.in)) {
+    launch_products_vec<W, In, kFullVector<W>, kFactors>(target, args);
+  } else {
+    launch_products_vec<W, In, 1, kFactors>(target, args);
   }
 }
 
 template <typename W, typename In>
-void launch_products(const Target& target, const Products& args) {
-  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-  if (args.width % kFullVector<W> == 0 && aligned(args.weight) && aligned(args.in)) {
-    launch_products_vec<W, In, kFullVector<W>>(target, args);
-  } else {
-    launch_products_vec<W, In, 1>(target, args);
+void launch_logits(const Target& target, const Products& args, int32_t factors) {
+  switch (factors) {
+    case 2:
+      launch_products<W, In, 2>(target, args);
+      break;
+    case 1:
+      launch_products<W, In, 1>(target, args);
+      break;
+    default:
+      launch_products<W, In, 0>(target, args);
   }
 }
 
 template <typename W>
 void launch_router(const Target& target, const FfnArgs& args, const Router& router) {
-  Products logits{router.out,      args.x,           router.bias,      router.logits,
-                  args.num_tokens, args.num_experts, args.hidden_size, 0};
+  Products logits{};
+  logits.weight = router.out;
+  logits.in = args.x;
+  logits.bias = router.bias;
+  logits.out = router.logits;
+  logits.num_tokens = args.num_tokens;
+  logits.rows = args.num_experts;
+  logits.width = args.hidden_size;
+  logits.floor = router.floor;
+  logits.log_scale = router.log_scale;
+  logits.activation = args.activation;
   if (router.in == nullptr) {
-    launch_products<W, W>(target, logits);
+    launch_logits<W, W>(target, logits, router.factors);
     return;
   }
-  launch_products<W, W>(
-      target,
-      {router.in, args.x, {}, router.projected, args.num_tokens, router.rank, args.hidden_size, 0});
+  Products projected{};
+  projected.weight = router.in;
+  projected.in = args.x;
+  projected.out = router.projected;
+  projected.num_tokens = args.num_tokens;
+  projected.rows = router.rank;
+  projected.width = args.hidden_size;
+  launch_products<W, W, 0>(target, projected);
   logits.in = router.projected;
   logits.width = router.rank;
-  launch_products<W, float>(target, logits);
+  launch_logits<W, float>(target, logits, router.factors);
 }
 
 // Makes the list and its masks from the bits. All of a block's threads call it.

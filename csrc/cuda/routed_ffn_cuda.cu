@@ -21,8 +21,7 @@ std::tuple<Tensor, Tensor> routed_ffn(
   const FfnTensors tensors{x, gate, up, down_t, gate_bias, up_bias, down_bias};
   const RouterTensors router_tensors{router_in, router_out, router_bias, router_floor,
                                      router_log_scale};
-  const FfnShape shape =
-      check_ffn(op, tensors, router_num_experts(op, router_tensors), activation);
+  const FfnShape shape = check_ffn(op, tensors, router_num_experts(op, router_tensors), activation);
   const auto [rank, factors] = check_router(op, shape, x, router_tensors);
   // The values of thresholds are not checked: that would wait for the GPU.
   check_threshold_tensor(op, threshold, shape.num_tokens, "x", x);
@@ -36,6 +35,9 @@ std::tuple<Tensor, Tensor> routed_ffn(
   router.in = rank > 0 ? router_in->const_data_ptr() : nullptr;
   router.out = router_out.const_data_ptr();
   router.bias = device_parameter(router_bias);
+  router.floor = device_parameter(router_floor);
+  router.log_scale = device_parameter(router_log_scale);
+  router.factors = static_cast<int32_t>(factors);
   router.rank = static_cast<int32_t>(rank);
   router.thresholds = static_cast<const float*>(threshold.const_data_ptr());
   router.threshold_stride = threshold.dim() == 1 ? threshold.stride(0) : 0;

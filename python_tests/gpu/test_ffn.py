@@ -65,10 +65,11 @@ class Problem:
         gated=True,
         biases=True,
         bias_dtype=torch.float32,
+        router_rows=None,
         seed=0,
     ):
         generator = torch.Generator("cuda").manual_seed(seed)
-        D = E * n
+        D, rows = E * n, router_rows or E
 
         def normal(*shape, scale=1.0, to=dtype):
             return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(to)
@@ -84,8 +85,9 @@ class Problem:
         width = H if rank is None else rank
         scale = power_of_two(2 / (1.15 * (H if rank is None else H * rank / 1.5) ** 0.5))
         self.router_in = None if rank is None else integers(1, rank, H).to(dtype)
-        self.router_out = (integers(1, E, width) * scale).to(dtype)
-        self.router_bias = (integers(4, E) * scale).to(bias_dtype)
+        self.router_out = (integers(1, rows, width) * scale).to(dtype)
+        self.router_bias = (integers(4, rows) * scale).to(bias_dtype)
+        self.factors = {}
         self.gate = normal(D, H, scale=H**-0.5) if gated else None
         self.up = normal(D, H, scale=H**-0.5)
         self.down_t = normal(D, H, scale=D**-0.5)
@@ -126,7 +128,40 @@ class Problem:
         return (self.x, *router, self.gate, self.up, self.down_t, activation)
 
     def routed(self, backend, activation="silu", **limits):
-        return backend.routed_ffn(*self.routed_arguments(activation), **self.biases, **limits)
+        return backend.routed_ffn(*self.routed_arguments(activation), **self.factors, **self.biases, **limits)
+
+
+class FactoredProblem(Problem):
+    """The same with a factored router, whose logits are rounded: so many experts are to be selected that the last of
+    them is clearly before the next, and thresholds are in the middle of the two."""
+
+    def __init__(self, T, E, n, H, *, activation="silu", gated=True, bias_dtype=torch.float32, seed=0, **options):
+        rows = 2 * E if gated else E
+        super().__init__(T, E, n, H, gated=gated, bias_dtype=bias_dtype, seed=seed, router_rows=rows, **options)
+        self.activation = activation
+        generator = torch.Generator("cuda").manual_seed(seed + 1000)
+        floor = torch.rand(rows, generator=generator, device="cuda").mul(0.2).add(0.05)
+        log_scale = torch.randn(E, generator=generator, device="cuda")
+        self.factors = {"router_floor": floor.to(bias_dtype), "router_log_scale": log_scale.to(bias_dtype)}
+        self.threshold = self.clear_threshold(self.threshold)
+
+    def logits(self):
+        router = (self.router_in, self.router_out, self.router_bias, *self.factors.values())
+        double = [None if tensor is None else tensor.double() for tensor in router]
+        return reference.router_logits(self.x.double(), *double, activation=self.activation).float()
+
+    def clear_threshold(self, near):
+        """float32 [T] near those given."""
+        logits = self.logits()
+        z = logits.sort(1, descending=True).values
+        before = torch.nn.functional.pad(reference.mass_before(logits).sort(1).values, (0, 1), value=1.0)
+        gaps = torch.nn.functional.pad(z[:, :-1] - z[:, 1:], (1, 1), value=math.inf)
+        gaps[:, 0] = -math.inf
+        target = (before < near[:, None]).sum(1, keepdim=True).clamp_max(self.num_experts)
+        count = torch.arange(self.num_experts + 1, device="cuda")
+        gaps = gaps.masked_fill((count - target).abs() > 5, -math.inf)
+        chosen = gaps.argmax(1, keepdim=True)
+        return (before.gather(1, chosen - 1) + before.gather(1, chosen))[:, 0].div(2).float()
 
 
 def assert_close(y, expected):
@@ -204,6 +239,59 @@ def test_every_activation(backend, activation, gated, num_tokens):
     for dtype in DTYPES:
         problem = Problem(num_tokens, 60, 4, 128, dtype=dtype, gated=gated, bias_dtype=dtype)
         assert_both_close(backend, problem, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 8, 33, 64, 66])
+def test_factored_routers_of_every_number_of_tokens(backend, num_tokens, gated, dtype):
+    problem = FactoredProblem(num_tokens, 301, 2, 160, gated=gated, dtype=dtype, seed=num_tokens)
+    assert_both_close(backend, problem)
+    assert_both_close(backend, problem, max_experts=301)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 6, 20])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_factored_routers_of_every_activation(backend, activation, gated, num_tokens):
+    for dtype in DTYPES:
+        problem = FactoredProblem(
+            num_tokens, 120, 3, 128, activation=activation, gated=gated, dtype=dtype, bias_dtype=dtype
+        )
+        assert_both_close(backend, problem, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 6])
+@pytest.mark.parametrize("rank", [None, 3, 8, 64, 100, 1024])
+def test_factored_routers_of_every_rank(cuda, rank, num_tokens, dtype):
+    """Products by single elements and by vectors, of few lanes, a warp and a block."""
+    for hidden_size in (37, 136, 1024):
+        assert_both_close(cuda, FactoredProblem(num_tokens, 201, 1, hidden_size, rank=rank, dtype=dtype))
+
+
+@pytest.mark.parametrize("rank", [None, 24])
+def test_factored_routers_of_fine_experts_and_without_bias(backend, rank):
+    for num_tokens in (1, 5):
+        problem = FactoredProblem(num_tokens, 3000, 1, 256, rank=rank)
+        assert_both_close(backend, problem)
+        problem.router_bias = None
+        problem.threshold = problem.clear_threshold(problem.threshold)
+        assert_both_close(backend, problem)
+
+
+def test_factors_far_below_zero_keep_their_digits(backend):
+    """softplus(-a) is about exp(-a): a log-scale of a makes all logits 0, but for a small difference that decides
+    which expert comes first."""
+    for num_tokens in (1, 6):
+        problem = FactoredProblem(num_tokens, 10, 2, 64, activation="relu", gated=False)
+        depth = 7.0 + 2.0 * torch.arange(10, device="cuda")
+        problem.router_out.zero_()
+        problem.router_bias = -depth
+        problem.factors["router_floor"].zero_()
+        problem.factors["router_log_scale"] = depth + 0.002 * torch.arange(10, device="cuda")
+        assert problem.selection(max_experts=1)[0].tolist() == [[9]] * num_tokens
+        assert_both_close(backend, problem, "relu", max_experts=1)
 
 
 @pytest.mark.parametrize("biases", [("gate_bias",), ("up_bias",), ("down_bias",), ()])
@@ -408,6 +496,31 @@ def test_a_captured_graph_follows_inputs_and_thresholds(backend, num_tokens, num
     assert len(seen) >= 3
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 8, 64])
+def test_a_captured_graph_of_a_factored_router_repeats_bit_for_bit(backend, num_tokens, gated):
+    def make(seed):
+        return FactoredProblem(num_tokens, 600, 2, 128, gated=gated, seed=seed)
+
+    problem = make(0)
+    problem.routed(backend)  # compiles before the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, counts = problem.routed(backend)
+    for seed in range(4):
+        problem.x.copy_(make(seed).x)
+        problem.threshold.copy_(problem.clear_threshold(problem.threshold))
+        y.fill_(-99)
+        counts.fill_(-99)
+        graph.replay()
+        expert_ids, expected = problem.selection()
+        assert torch.equal(counts, expected)
+        assert_close(y, problem.expected(expert_ids, expected))
+        for got, eager in zip((y, counts), problem.routed(backend), strict=True):
+            assert torch.equal(got, eager)
+
+
 def test_runs_on_the_current_stream(backend):
     problem = Problem(2, 16, 24, 160)
     expected = problem.routed(backend)
@@ -489,6 +602,10 @@ def test_bad_arguments_are_named(cuda):
 def test_opcheck(T):
     problem = Problem(T, 6, 5, 64)
     torch.library.opcheck(torch.ops.prunepath.routed_ffn.default, problem.routed_arguments(), problem.biases)
+    for gated in (True, False):
+        factored = FactoredProblem(T, 6, 5, 64, gated=gated)
+        options = {**factored.factors, **factored.biases}
+        torch.library.opcheck(torch.ops.prunepath.routed_ffn.default, factored.routed_arguments(), options)
     arguments = (problem.x, problem.gate, problem.up, problem.down_t, *problem.selection(), "silu")
     torch.library.opcheck(torch.ops.prunepath.sparse_ffn.default, arguments, {"num_experts": 6, **problem.biases})
 

@@ -81,17 +81,22 @@ class Problem:
     """Random inputs on the GPU. Thresholds, one a token, are in the middle between two experts, where no order of the
     router's summation changes the choice; `widest` are the first T of the most tokens, so that cases share weights."""
 
-    def __init__(self, T, E, n, H, rank, *, dtype=torch.bfloat16, gated=True, biases=False, seed=0):
+    def __init__(self, T, E, n, H, rank, *, dtype=torch.bfloat16, gated=True, biases=False, factored=False, seed=0):
         generator = torch.Generator("cuda").manual_seed(seed)
 
         def normal(*shape, scale=1.0, dtype=dtype):
             return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
 
-        D = E * n
+        D, rows = E * n, 2 * E if factored and gated else E
+        self.num_experts = E
         self.x = normal(T, H)
         self.router_in = normal(rank, H, scale=H**-0.5) if rank else None
-        self.router_out = normal(E, rank or H, scale=2 * (rank or H) ** -0.5)
-        self.router_bias = normal(E, dtype=torch.float32)
+        self.router_out = normal(rows, rank or H, scale=2 * (rank or H) ** -0.5)
+        self.router_bias = normal(rows, dtype=torch.float32)
+        self.factors = {}
+        if factored:
+            floor = normal(rows).abs() * 0.1 + 0.1
+            self.factors = {"router_floor": floor, "router_log_scale": normal(E, dtype=torch.float32)}
         self.gate = normal(D, H, scale=H**-0.5) if gated else None
         self.up = normal(D, H, scale=H**-0.5)
         self.down_t = normal(D, H, scale=D**-0.5)
@@ -113,8 +118,8 @@ class Problem:
         return other
 
     def logits(self):
-        wide = [None if t is None else t.double() for t in (self.x, self.router_in, self.router_out, self.router_bias)]
-        return reference.router_logits(*wide)
+        router = (self.x, self.router_in, self.router_out, self.router_bias, *self.factors.values())
+        return reference.router_logits(*[None if t is None else t.double() for t in router])
 
     def selection(self, **limits):
         expert_ids, _, counts = reference.route(self.logits(), self.threshold, **limits)
@@ -123,16 +128,16 @@ class Problem:
     def expected(self, expert_ids, counts, activation="silu"):
         wide = [None if t is None else t.double() for t in (self.x, self.gate, self.up, self.down_t)]
         biases = {name: bias.double() for name, bias in self.biases.items()}
-        E = len(self.router_out)
-        return reference.sparse_ffn(*wide, expert_ids, counts, activation, num_experts=E, **biases)
+        return reference.sparse_ffn(*wide, expert_ids, counts, activation, num_experts=self.num_experts, **biases)
 
     def sparse(self, expert_ids, counts, activation="silu"):
         args = (self.x, self.gate, self.up, self.down_t, expert_ids, counts, activation)
-        return sparse_ffn(*args, num_experts=len(self.router_out), **self.biases)
+        return sparse_ffn(*args, num_experts=self.num_experts, **self.biases)
 
     def routed(self, activation="silu", **limits):
         router = (self.router_in, self.router_out, self.router_bias, self.threshold)
-        return routed_ffn(self.x, *router, self.gate, self.up, self.down_t, activation, **self.biases, **limits)
+        options = {**self.factors, **self.biases, **limits}
+        return routed_ffn(self.x, *router, self.gate, self.up, self.down_t, activation, **options)
 
 
 def assert_close(y, expected):
@@ -168,6 +173,13 @@ SHAPES = [
 def test_ffns_are_float64s_given_the_selection(E, n, H, rank, dtype, gated, biases):
     problem = Problem(65, E, n, H, rank, dtype=dtype, gated=gated, biases=biases)
     for num_tokens in (0, 1, 2, 5, 8, 33, 64, 65):
+        assert_both_close(problem.first(num_tokens))
+
+
+@pytest.mark.parametrize(("E", "n", "H", "rank", "dtype", "gated", "biases"), SHAPES[1:5])
+def test_ffns_of_factored_routers(E, n, H, rank, dtype, gated, biases):
+    problem = Problem(65, E, n, H, rank, dtype=dtype, gated=gated, biases=biases, factored=True)
+    for num_tokens in (0, 1, 2, 8, 33, 64, 65):
         assert_both_close(problem.first(num_tokens))
 
 

@@ -92,16 +92,22 @@ def assert_no_spills(arch, launches, tmp_path):
         assert 0 < used["REG"] * 32 * options.get("num_warps", 4) <= 65536
 
 
-def call_routed_ffn(T, H, E, n, rank, *, gated=True, dtype=torch.bfloat16, biases=False, activation="silu"):
+def call_routed_ffn(
+    T, H, E, n, rank, *, gated=True, dtype=torch.bfloat16, biases=False, activation="silu", factored=False
+):
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     D = E * n
-    router = (empty(rank, H), empty(E, rank)) if rank else (None, empty(E, H))
+    rows = 2 * E if factored and gated else E
+    router = (empty(rank, H), empty(rows, rank)) if rank else (None, empty(rows, H))
     tables = [empty(D, H) if gated else None, empty(D, H), empty(D, H)]
     given = {"up_bias": empty(D), "down_bias": empty(H)} if biases else {}
+    if factored:
+        given |= {"router_floor": empty(rows), "router_log_scale": empty(E, dtype=torch.float32)}
     threshold = empty(T, dtype=torch.float32)
-    routed_ffn.routed_ffn(empty(T, H), *router, empty(E) if biases else None, threshold, *tables, activation, **given)
+    bias = empty(rows) if biases else None
+    routed_ffn.routed_ffn(empty(T, H), *router, bias, threshold, *tables, activation, **given)
 
 
 # Each kernel, each dtype, each kind of FFN, few tokens and many; not all of their combinations, which would take long.
@@ -122,6 +128,24 @@ def test_ffns_spill_no_registers(launches, arch, name, tmp_path):
     call_routed_ffn(**CALLS[name])
     assert len(launches) == 7 - (CALLS[name]["rank"] == 0)
     assert_no_spills(arch, launches, tmp_path)
+
+
+FACTORED = {
+    "one token": dict(T=1, H=4096, E=14336, n=1, rank=256, biases=True),
+    "four tokens": dict(T=4, H=1536, E=128, n=70, rank=0, dtype=torch.float32, activation="gelu", biases=True),
+    "a few tokens": dict(T=16, H=1000, E=64, n=32, rank=0, dtype=torch.float16, gated=False, activation="relu2"),
+    "a tile of tokens": dict(T=64, H=4096, E=3584, n=4, rank=256, activation="relu"),
+}
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"), [(90, name) for name in FACTORED] + [(arch, "a tile of tokens") for arch in (80, 100)]
+)
+def test_factored_routers_spill_no_registers(launches, arch, name, tmp_path):
+    call_routed_ffn(**FACTORED[name], factored=True)
+    routers = [launch for launch in launches if launch[0].__name__ == "router_kernel"]
+    assert [launch[2]["FACTORS"] for launch in routers][-1] == 1 + FACTORED[name].get("gated", True)
+    assert_no_spills(arch, routers[-1:], tmp_path)
 
 
 @pytest.mark.parametrize("num_experts", [3, 1000, 65536])

@@ -34,6 +34,7 @@ class Call:
         activation="silu",
         biases=True,
         bias_dtype=torch.float32,
+        factored=False,
         **limits,
     ):
         generator = torch.Generator().manual_seed(1000 * T + E)
@@ -42,10 +43,16 @@ class Call:
             return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
         D, scale = E * n, max(H, 1) ** -0.5
+        rows = 2 * E if factored and gated else E
+        self.num_experts = E
         self.x = normal(T, H)
         self.router_in = normal(rank, H, scale=scale) if rank else None
-        self.router_out = normal(E, rank or H, scale=2 * (rank or max(H, 1)) ** -0.5)
-        self.router_bias = normal(E, dtype=bias_dtype)
+        self.router_out = normal(rows, rank or H, scale=2 * (rank or max(H, 1)) ** -0.5)
+        self.router_bias = normal(rows, dtype=bias_dtype)
+        self.factors = {}
+        if factored:
+            floor = normal(rows, dtype=bias_dtype).abs() * 0.1
+            self.factors = {"router_floor": floor, "router_log_scale": normal(E, dtype=bias_dtype)}
         self.threshold = torch.rand(T, generator=generator).clamp_min(0.05)
         self.gate = normal(D, H, scale=scale) if gated else None
         self.up = normal(D, H, scale=scale)
@@ -63,13 +70,9 @@ class Call:
         return self.gate, self.up, self.down_t
 
     @property
-    def num_experts(self):
-        return len(self.router_out)
-
-    @property
     def selection(self):
-        router = (self.x, self.router_in, self.router_out, self.router_bias)
-        logits = reference.router_logits(*map(wide, router))
+        router = (self.x, self.router_in, self.router_out, self.router_bias, *self.factors.values())
+        logits = reference.router_logits(*map(wide, router), activation=self.activation)
         expert_ids, _, counts = reference.route(logits, self.threshold, **self.limits)
         return expert_ids, counts
 
@@ -82,7 +85,8 @@ class Call:
     @property
     def routed(self):
         router = (self.router_in, self.router_out, self.router_bias, self.threshold)
-        return ("routed_ffn", (self.x, *router, *self.tables, self.activation), {**self.biases, **self.limits})
+        options = {**self.factors, **self.biases, **self.limits}
+        return ("routed_ffn", (self.x, *router, *self.tables, self.activation), options)
 
     @property
     def sparse(self):
@@ -126,6 +130,33 @@ def test_equals_reference_for_every_activation(interpret):
 def test_equals_reference_for_odd_shapes(interpret):
     shapes = [(1, 1, 1, 1), (3, 1, 33, 0), (2, 7, 130, 3), (257, 1, 20, 5), (3, 0, 20, 2), (3, 4, 0, 0)]
     calls = [Call(2, *shape) for shape in shapes] + [Call(5, 3, 11, 37, 3, gated=False)]
+    assert_results(interpret, calls)
+
+
+def test_factored_routers(interpret):
+    calls = [Call(T, factored=True, gated=T != 5) for T in (0, 1, 2, 5, 65)]
+    calls += [Call(2, factored=True, activation=name, gated=name != "relu") for name in ACTIVATIONS]
+    calls += [Call(T, factored=True, activation="relu", gated=False) for T in (1, 5)]
+    for dtype in (torch.bfloat16, torch.float16):
+        calls += [Call(T, factored=True, dtype=dtype, bias_dtype=dtype, rank=4 * (T != 2)) for T in (1, 2, 5)]
+    calls.append(Call(3, 257, 1, 20, 5, factored=True))
+    calls.append(Call(3, factored=True))
+    calls[-1].router_bias = None
+    assert_results(interpret, calls)
+
+
+def test_factors_far_below_zero_keep_their_digits(interpret):
+    """softplus(-a) is about exp(-a): a log-scale of a - 1 makes all logits -1, but for a small difference that decides
+    which expert comes first."""
+    calls = []
+    for T in (1, 5):
+        call = Call(T, 10, 2, 20, rank=0, activation="relu", gated=False, factored=True, max_experts=1)
+        depth = 7.0 + 2.0 * torch.arange(10)
+        call.x = torch.zeros_like(call.x)
+        call.router_bias = -depth
+        call.factors = {"router_floor": torch.zeros(10), "router_log_scale": depth + 0.002 * torch.arange(10)}
+        assert call.selection[0].tolist() == [[9]] * T
+        calls.append(call)
     assert_results(interpret, calls)
 
 
@@ -234,6 +265,10 @@ def test_large_float16_activations_do_not_overflow(interpret):
     assert_results(interpret, calls)
 
 
+def factors(floor_shape, log_scale_shape):
+    return {"router_floor": torch.ones(floor_shape), "router_log_scale": torch.zeros(log_scale_shape)}
+
+
 BAD = [
     ({"x": torch.zeros(2, 4)}, r"up of shape \[D, H\] = \[D, 4\], got \[15, 20\]"),
     ({"x": torch.zeros(2, 20).double()}, "x of dtype .* got float64"),
@@ -243,6 +278,18 @@ BAD = [
     ({"router_in": torch.zeros(4, 19)}, r"router_in of shape \[r, H\] = \[4, 20\], got \[4, 19\]"),
     ({"router_out": torch.zeros(5, 3)}, r"router_out of shape \[E, r\] = \[5, 4\], got \[5, 3\]"),
     ({"router_out": torch.zeros(4, 4)}, "divides the 15 neurons of up, got 4"),
+    ({"factors": {"router_floor": torch.ones(10)}}, "router_floor and router_log_scale, or neither, got one"),
+    ({"factors": factors(10, (5, 1))}, r"router_log_scale of shape \[E\], got \[5, 1\]"),
+    ({"factors": factors(10, 5)}, r"router_out of shape \[2 \* E, r\] = \[10, 4\], got \[5, 4\]"),
+    ({"factors": factors(10, 4)}, "divides the 15 neurons of up, got 4"),
+    (
+        {"factors": factors(5, 5), "router_out": torch.zeros(10, 4), "router_bias": None},
+        r"router_floor of shape \[2 \* E\] = \[10\], got \[5\]",
+    ),
+    (
+        {"factors": factors(5, 5), "router_bias": torch.zeros(6), "gate": None, "biases": {}},
+        r"router_bias of shape \[E\] = \[5\], got \[6\]",
+    ),
     ({"threshold": torch.ones(3)}, r"threshold of shape \[\] or \[T\] = \[2\], got \[3\]"),
     ({"threshold": torch.tensor(0.0)}, "threshold .* greater than 0 .* got 0"),
     ({"activation": "tanh"}, "activation relu, .* got tanh"),
