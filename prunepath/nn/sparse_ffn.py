@@ -137,8 +137,6 @@ class SparseFFN(nn.Module):
 
     def is_served_by_kernels(self, x: torch.Tensor) -> bool:
         """Whether x [T, H] is served by `run_kernels` or `executor`, which read the active experts alone."""
-        if self.router.factors:
-            return False
         if torch.is_grad_enabled() or self.selector is not None or (self.layout.dropout and self.training):
             return False
         if forward_ad._current_level >= 0:
@@ -163,6 +161,8 @@ class SparseFFN(nn.Module):
             up,
             down_t,
             self.layout.activation,
+            router_floor=router.floor,
+            router_log_scale=router.log_scale,
             gate_bias=biases[0] if gate else None,
             up_bias=biases[-2],
             down_bias=biases[-1],
