@@ -74,7 +74,7 @@ def router_activate(x, ACTIVATION: tl.constexpr):
         e = tl.exp(-tl.abs(x))
         s = e / (2.0 + e)
         square = s * s
-        series = square / 15.0 + 1.0 / 13.0
+        series = square * (1.0 / 15.0) + 1.0 / 13.0
         series = series * square + 1.0 / 11.0
         series = series * square + 1.0 / 9.0
         series = series * square + 1.0 / 7.0

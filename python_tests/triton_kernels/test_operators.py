@@ -16,6 +16,7 @@ backend = ops.resolve_backend(torch.device("cpu"), "triton")
 x, router_in, router_out = (torch.randn(shape) for shape in ((3, 32), (4, 32), (16, 4)))
 gate, up, down_t, up_bias = torch.randn(64, 32), torch.randn(64, 32), torch.randn(64, 32), torch.randn(64)
 limits = dict(min_experts=2, max_experts=8)
+factors = dict(router_floor=torch.rand(16), router_log_scale=torch.randn(16))
 
 
 def calls(x, threshold):
@@ -24,6 +25,7 @@ def calls(x, threshold):
     y = backend.sparse_ffn(x, gate, up, down_t, expert_ids, counts, "silu", num_experts=16, up_bias=up_bias)
     router = (router_in, router_out, None, threshold)
     more = backend.routed_ffn(x, *router, None, up, down_t, "gelu", up_bias=up_bias, **limits)
+    more += backend.routed_ffn(x, *router, None, up, down_t, "relu", **factors, up_bias=up_bias, **limits)
     return expert_ids, probs, counts, y, *more, *backend.select(z, threshold), *backend.route(z, 0.8)
 
 
@@ -36,6 +38,9 @@ checks = dict(test_utils=("test_schema", "test_faketensor"))
 triton = torch.ops.prunepath_triton
 router = (router_in, router_out, None, torch.tensor(0.5))
 torch.library.opcheck(triton.routed_ffn.default, (x, *router, gate, up, down_t, "silu"), limits, **checks)
+torch.library.opcheck(
+    triton.routed_ffn.default, (x, *router, None, up, down_t, "silu"), {**factors, **limits}, **checks
+)
 torch.library.opcheck(triton.select.default, (x, 0.5), limits, **checks)
 torch.library.opcheck(triton.route.tensor, (x, torch.tensor(0.5)), {}, **checks)
 """
