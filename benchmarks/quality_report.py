@@ -19,6 +19,7 @@ import numpy as np
 
 BITS = ("wikitext", "dolly", "gsm8k")
 ACCURACIES = ("mr", "subj", "banking77", "piqa", "winogrande", "boolq")
+EXTRA = {"e2e": ("bleu",), "answers": ("tokens", "ended", "running", "seconds")}
 COLUMNS = ("method", "trained", "seed", "budget", "active", "bytes")
 OURS = "prunepath"
 RESAMPLES = 1000
@@ -37,8 +38,8 @@ def rows_of(cells: list[dict]) -> list[dict]:
             row = {"method": cell["method"], "trained": cell["tokens"], "seed": cell["seed"]}
             row |= {name: result[name] for name in ("budget", "active", "bytes")}
             row |= {name: task["value"] for name, task in result["tasks"].items()}
-            if "bleu" in result["tasks"].get("e2e", {}):
-                row["bleu"] = result["tasks"]["e2e"]["bleu"]
+            for task, names in EXTRA.items():
+                row |= {name: result["tasks"][task][name] for name in names if task in result["tasks"]}
             rows.append(row)
     return rows
 
@@ -166,6 +167,8 @@ def write_report(out: Path) -> None:
         parts.append(f"\n## After {_millions(trained)} of training\n" if trained else "\n## Without training\n")
         chosen = [row for row in means if row["trained"] == trained]
         parts += [_results(chosen), "", _at_equal_bytes(chosen)]
+        if any("tokens" in row for row in chosen):
+            parts += ["\n### Time to an answer\n", _answers(chosen)]
         chosen = [row for row in compared if row["trained"] == trained]
         if chosen:
             parts += ["\n### Difference from PrunePath at the same active fraction\n", _differences(chosen)]
@@ -204,6 +207,22 @@ def _at_equal_bytes(rows: list[dict]) -> str:
             curves[row["method"]].append(row)
     lines = [[method, *(_number(at_bytes(curve, share)) for share in SHARES)] for method, curve in curves.items()]
     return _table(["bits per byte +%, at bytes read", *(f"{100 * share:g} %" for share in SHARES)], lines)
+
+
+def _answers(rows: list[dict]) -> str:
+    lines = [
+        [
+            row["method"],
+            f"{row['budget']:g}",
+            _number(row["tokens"]),
+            *(_number(100 * row[name]) for name in ("ended", "running", "answers")),
+            _number(row["seconds"], ".2f"),
+        ]
+        for row in rows
+        if "tokens" in row
+    ]
+    header = ["method", "budget", "tokens", "ended %", "repeating %", "GSM8K right %", "seconds, one at a time"]
+    return _table(header, lines)
 
 
 def _differences(rows: list[dict]) -> str:

@@ -19,6 +19,7 @@ from prunepath.nn.observers import padding_masks
 
 LONGEST_TRAINING_EXAMPLE = 1024  # tokens; longer ones are left out of training
 _BATCH_TOKENS = {"cuda": 32768, "cpu": 2048}  # of one forward pass, padding included
+_GENERATED_ROWS = {"cuda": 1024, "cpu": 32}
 _LOGITS = {"cuda": 2**27, "cpu": 2**24}  # that exist at once
 
 
@@ -206,6 +207,40 @@ def losses(model: nn.Module, sequences: Sequence[tuple[list[int], int]]) -> list
             nats.append(F.cross_entropy(logits, targets[start : start + chunk], reduction="none"))
         totals.index_add_(0, torch.tensor(owners), torch.cat(nats).double().cpu())
     return totals.tolist()
+
+
+def continuations(
+    model: nn.Module, prompts: Sequence[list[int]], new_tokens: int, end: int, rows: int | None = None
+) -> list[list[int]]:
+    """Greedy continuations of prompts, of up to `new_tokens` tokens; the `end` token is the last of one that has it.
+
+    Args:
+        rows: prompts of a batch, which are padded on the left; None suits the device.
+    """
+    device = model.get_input_embeddings().weight.device
+    size = rows or _of_device(_GENERATED_ROWS, device)
+    found = []
+    with evaluating(model, model):
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
+            length = max(map(len, batch))
+            ids = torch.full((len(batch), length), end)
+            attention = torch.zeros_like(ids)
+            for i, prompt in enumerate(batch):
+                ids[i, length - len(prompt) :] = torch.tensor(prompt)
+                attention[i, length - len(prompt) :] = 1
+            output = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=attention.to(device),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=end,
+                pad_token_id=end,
+            )
+            for row in output[:, length:].tolist():
+                found.append(row[: row.index(end) + 1] if end in row else row)
+    return found
 
 
 def _of_device(table: dict[str, int], device: torch.device) -> int:

@@ -6,14 +6,12 @@ import csv
 import io
 import zipfile
 
-import torch
 from torch import nn
 
-from tasks.base import Example, Task, evaluating
+from tasks.base import Example, Task, continuations
 
 NEW_TOKENS = 64
 VALIDATION_MEANINGS = 200
-_BATCH_ROWS = {"cuda": 1024, "cpu": 32}
 
 
 class E2E(Task):
@@ -62,30 +60,8 @@ class E2E(Task):
 
     def generate(self, model: nn.Module, prompts: list[list[int]]) -> list[str]:
         """Greedy continuations of up to 64 tokens."""
-        device = model.get_input_embeddings().weight.device
-        end = self.tokenizer.eos_token_id
-        size = _BATCH_ROWS.get(device.type, _BATCH_ROWS["cpu"])
-        texts = []
-        with evaluating(model, model):
-            for start in range(0, len(prompts), size):
-                batch = prompts[start : start + size]
-                length = max(map(len, batch))
-                ids = torch.full((len(batch), length), end)
-                attention = torch.zeros_like(ids)
-                for i, prompt in enumerate(batch):
-                    ids[i, length - len(prompt) :] = torch.tensor(prompt)
-                    attention[i, length - len(prompt) :] = 1
-                output = model.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=attention.to(device),
-                    max_new_tokens=NEW_TOKENS,
-                    do_sample=False,
-                    num_beams=1,
-                    eos_token_id=end,
-                    pad_token_id=end,
-                )
-                texts += self.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        answers = continuations(model, prompts, NEW_TOKENS, self.tokenizer.eos_token_id)
+        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def score(predictions: list[str], references: list[list[str]]) -> dict:

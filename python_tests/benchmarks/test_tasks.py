@@ -19,7 +19,7 @@ if not BENCHMARKS.is_dir():
     pytest.skip("needs the benchmarks folder of the source tree", allow_module_level=True)
 sys.path.append(str(BENCHMARKS))  # where the benchmarks import each other from; prunepath itself is not there
 
-from tasks import TASKS, base, e2e  # noqa: E402
+from tasks import TASKS, answers, base, e2e  # noqa: E402
 from tasks.base import Example, hidden_states, losses  # noqa: E402
 from tasks.language import WINDOW, chat_turn  # noqa: E402
 
@@ -161,12 +161,12 @@ def check_splits(task, tokenizer):
             assert example.head is None
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "answers"])
 def test_splits_share_no_text(data, tokenizer, name):
     check_splits(TASKS[name](data, tokenizer), tokenizer)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "answers"])
 def test_splits_of_the_whole_sets_share_no_text(tokenizer, name):
     if not DATA.is_dir():
         pytest.skip("needs the data sets: PRUNEPATH_DATA")
@@ -363,6 +363,25 @@ def test_generation_is_that_of_each_prompt_alone(data, tokenizer, model, monkeyp
                 ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
         expected.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip())
     assert task.generate(model, prompts) == expected
+
+
+def test_answers_are_read_for_their_last_number_and_their_end(data, tokenizer, model, monkeypatch):
+    task = TASKS["answers"](data, tokenizer, limit=2)
+    right = [example.ids[example.scored_from :] for example in task.test_examples]
+    assert len(right) == 4 and not task.training_examples()
+    wrong = [*tokenizer("It is 123456789", add_special_tokens=False)["input_ids"], *[7, 8, 9] * 20]
+    monkeypatch.setattr(answers, "continuations", lambda model, prompts, *_, **__: [right[0], wrong, *right[2:]])
+    result = task.evaluate(model)
+    assert result["scores"] == [1.0, 0.0] and result["value"] == 0.5
+    assert result["ended"] == 0.75 and result["running"] == 0.25
+    assert result["tokens"] == sum(map(len, (right[0], wrong, *right[2:]))) / 4
+
+
+@pytest.mark.parametrize(
+    ("answer", "running"), [([1, 2, 3, 2, 3, 2, 3], True), ([5, 5, 5, 0], False), ([1, 2, 1, 2], False)]
+)
+def test_answers_that_repeat_themselves_until_they_are_cut_are_running(answer, running):
+    assert answers.is_running(answer, end=0) == running
 
 
 def test_training_pairs_of_e2e_end(data, tokenizer):
