@@ -32,6 +32,15 @@ def make_exact(ffn, low_rank):
     return reference.router_logits(ffn.x, *ffn.router)
 
 
+def clear_thresholds(logits, tau):
+    """A threshold near `tau` for each token, in the middle of the mass of the expert that reaches it, so that rounding
+    changes no selection."""
+    before = reference.mass_before(logits).sort(1).values
+    ends = torch.cat([before, torch.ones_like(before[:, :1])], 1)
+    last = (before < tau).sum(1, keepdim=True) - 1
+    return ends.gather(1, torch.cat([last, last + 1], 1)).mean(1).float()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 64, 65, 130])
 @pytest.mark.parametrize("low_rank", [False, True])
@@ -63,15 +72,6 @@ def test_a_factored_router_equals_the_float64_reference(make_ffn, assert_close_t
         expected, expected_counts = ffn.wide().routed(reference.routed_ffn, threshold, activation)
         assert torch.equal(counts, expected_counts)
         assert_close_to(y, expected)
-
-
-def clear_thresholds(logits, tau):
-    """A threshold near `tau` for each token, in the middle of the mass of the expert that reaches it, so that rounding
-    changes no selection."""
-    before = reference.mass_before(logits).sort(1).values
-    ends = torch.cat([before, torch.ones_like(before[:, :1])], 1)
-    last = (before < tau).sum(1, keepdim=True) - 1
-    return ends.gather(1, torch.cat([last, last + 1], 1)).mean(1).float()
 
 
 @pytest.mark.parametrize("activation", reference.ROUTER_ACTIVATIONS)
