@@ -14,7 +14,8 @@ namespace prunepath {
 // Tokens are worked on in tiles, so that a set of them is one word.
 constexpr int64_t kTileTokens = 64;
 
-// A bias, or one of a factored router's: float32 or the weights' dtype; null is all zeros.
+// A bias, or a factored router's floor or log-scale: float32 or the weights' dtype; null is all
+// zeros.
 struct Parameter {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -45,7 +46,7 @@ struct ActiveNeurons {
   const uint64_t* masks;  // by place in the list: bit t is set iff token t of the tile needs it
 };
 
-// What a factored router makes logits of its factors with.
+// What a factored router makes logits with, besides the factors.
 struct RouterFactors {
   int64_t num_experts;
   int64_t num_factors;  // of an expert

@@ -32,6 +32,15 @@ def make_exact(ffn, low_rank):
     return reference.router_logits(ffn.x, *ffn.router)
 
 
+def clear_thresholds(logits, tau):
+    """A threshold near `tau` for each token, in the middle of the mass of the expert that reaches it, so that rounding
+    changes no selection."""
+    before = reference.mass_before(logits).sort(1).values
+    ends = torch.cat([before, torch.ones_like(before[:, :1])], 1)
+    last = (before < tau).sum(1, keepdim=True) - 1
+    return ends.gather(1, torch.cat([last, last + 1], 1)).mean(1).float()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 64, 65, 130])
 @pytest.mark.parametrize("low_rank", [False, True])
@@ -65,15 +74,6 @@ def test_a_factored_router_equals_the_float64_reference(make_ffn, assert_close_t
         assert_close_to(y, expected)
 
 
-def clear_thresholds(logits, tau):
-    """A threshold near `tau` for each token, in the middle of the mass of the expert that reaches it, so that rounding
-    changes no selection."""
-    before = reference.mass_before(logits).sort(1).values
-    ends = torch.cat([before, torch.ones_like(before[:, :1])], 1)
-    last = (before < tau).sum(1, keepdim=True) - 1
-    return ends.gather(1, torch.cat([last, last + 1], 1)).mean(1).float()
-
-
 @pytest.mark.parametrize("activation", reference.ROUTER_ACTIVATIONS)
 @pytest.mark.parametrize("gated", [False, True])
 def test_factored_logits_are_accurate(make_ffn, activation, gated):
@@ -87,14 +87,15 @@ def test_factored_logits_are_accurate(make_ffn, activation, gated):
     rows = len(ffn.router_out)
     ffn.router_out = torch.tensor([[1.0], [0.0], [-0.5], [0.0]][:rows])
     ffn.router_bias = torch.tensor([0.0, 0.7, 0.25, 1.5][:rows])
-    ffn.factors = {"router_floor": torch.full((rows,), 0.05), "router_log_scale": torch.tensor([0.3, -0.5])}
-    wide = ffn.wide()
-    logits = reference.router_logits(wide.x, *wide.router, **wide.factors, activation=activation)
-    larger = logits.softmax(1).amax(1).float()
-    assert ((larger < 0.99).sum() > 500) and logits.isfinite().all()
-    for offset, count in ((-3e-6, 1), (3e-6, 2)):
-        _, counts = ffn.routed(ops.routed_ffn, larger + offset, activation)
-        assert (counts == count).all(), values[counts != count]
+    for log_scale in (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0):  # so that for every value some logits are near each other
+        ffn.factors = {"router_floor": torch.full((rows,), 0.05), "router_log_scale": torch.tensor([0.3, log_scale])}
+        wide = ffn.wide()
+        logits = reference.router_logits(wide.x, *wide.router, **wide.factors, activation=activation)
+        assert logits.isfinite().all()
+        larger = logits.softmax(1).amax(1).float()
+        for offset, count in ((-2e-6, 1), (2e-6, 2)):
+            _, counts = ffn.routed(ops.routed_ffn, larger + offset, activation)
+            assert (counts == count).all(), values[counts != count]
 
 
 def test_a_factor_of_zero_without_a_floor_has_no_mass(make_ffn):
