@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import nn
 
 from tasks.base import Example, Task, losses
@@ -29,9 +31,8 @@ class ChoiceTask(Task):
 
     def evaluate(self, model: nn.Module, heads: nn.ModuleDict | None = None) -> dict:
         rows = self.rows()
-        requests = [self.requests(row) for row in rows]
-        nats = iter(losses(model, self.encode_requests([pair for pairs in requests for pair in pairs])))
-        likelihoods = [[-next(nats) for _ in pairs] for pairs in requests]
+        nats = iter(losses(model, self.encoded))
+        likelihoods = [[-next(nats) for _ in self.requests(row)] for row in rows]
         scores = [self._right(values, row) for values, row in zip(likelihoods, rows, strict=True)]
         extra = {}
         if self.by_length:
@@ -42,6 +43,11 @@ class ChoiceTask(Task):
             ]
             scores = [self._right(each, row) for each, row in zip(values, rows, strict=True)]
         return {"value": sum(scores) / len(scores), "scores": scores, "log_likelihoods": likelihoods, **extra}
+
+    @functools.cached_property
+    def encoded(self) -> list[tuple[list[int], int]]:
+        """All rows' requests, encoded once for all that are evaluated."""
+        return self.encode_requests([pair for row in self.rows() for pair in self.requests(row)])
 
     def encode_requests(self, requests: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
         """(ids, where the continuation begins), cut as lm-eval cuts: both texts are tokenized as one."""
