@@ -23,20 +23,13 @@ def relative_error(actual, expected):
 
 
 def assert_skips_as(quantised, sparse, ids):
-    """The quantised model's experts are still selected: little is lost that is not lost at threshold 1 too."""
-    dense, noise = sparse(ids).logits, relative_error(quantised(ids).logits, sparse(ids).logits)
-    errors, skipped = {}, {}
-    for threshold in (0.8, 0.1):
-        for model in (sparse, quantised):
-            prunepath.set_threshold(model, threshold)
-        exact = sparse(ids).logits
-        errors[threshold], skipped[threshold] = (
-            relative_error(quantised(ids).logits, exact),
-            relative_error(dense, exact),
-        )
-    assert 0 < noise < 0.1
-    assert errors[0.8] < 2 * noise
-    assert 2 * errors[0.1] < skipped[0.1]
+    """The quantised model's experts are still selected: it is nearer to the model at its threshold than at others."""
+    dense = sparse(ids).logits
+    assert 0 < relative_error(quantised(ids).logits, dense) < 0.1
+    for model in (sparse, quantised):
+        prunepath.set_threshold(model, 0.1)
+    skipped, exact = quantised(ids).logits, sparse(ids).logits
+    assert 2 * relative_error(skipped, exact) < relative_error(dense, exact)
 
 
 @pytest.mark.filterwarnings("ignore")
