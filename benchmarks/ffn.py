@@ -90,7 +90,9 @@ class Layer:
     up: Tensor
     down_t: Tensor
     router_in: Tensor | None  # [r, H]
-    router_out: Tensor  # [E, r], or [E, H] without router_in
+    router_out: Tensor  # [E, r], or [E, H] without router_in; F * E rows of a factored router
+    router_floor: Tensor | None  # [F * E]
+    router_log_scale: Tensor | None  # [E]
 
     @property
     def tables(self) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -98,7 +100,15 @@ class Layer:
 
     @property
     def num_experts(self) -> int:
-        return len(self.router_out)
+        return len(self.router_out if self.router_log_scale is None else self.router_log_scale)
+
+    @property
+    def router(self) -> tuple[Tensor | None, Tensor, None]:
+        return self.router_in, self.router_out, None
+
+    @property
+    def router_options(self) -> dict[str, Tensor | None]:
+        return {"router_floor": self.router_floor, "router_log_scale": self.router_log_scale}
 
     @property
     def width(self) -> int:
@@ -110,7 +120,14 @@ class Layer:
 
     @property
     def router_nbytes(self) -> int:
-        return self.router_out.nbytes + (0 if self.router_in is None else self.router_in.nbytes)
+        parts = (self.router_in, self.router_out, self.router_floor, self.router_log_scale)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def logits(self, x: Tensor, activation: str) -> Tensor:
+        """The router's, float64 [T, E]."""
+        parts = (*self.router, self.router_floor, self.router_log_scale)
+        wide = [None if part is None else part.double() for part in parts]
+        return reference.router_logits(x.double(), *wide, activation)
 
     def neurons(self, experts: Tensor) -> Tensor:
         return (experts.long()[:, None] * self.width + torch.arange(self.width, device=experts.device)).flatten()
@@ -122,7 +139,7 @@ class Layer:
 
     @classmethod
     def random(
-        cls, shape: Shape, width: int, rank: int, dtype: torch.dtype, device: torch.device, seed: int
+        cls, shape: Shape, width: int, rank: int, form: str, dtype: torch.dtype, device: torch.device, seed: int
     ) -> "Layer":
         generator = torch.Generator(device).manual_seed(seed)
         hidden_size, intermediate_size = shape.hidden_size, shape.intermediate_size
@@ -134,11 +151,18 @@ class Layer:
         gate, up = inputs if shape.gated else (None, *inputs)
         down = normal(hidden_size, intermediate_size, std=intermediate_size**-0.5)
         tables = ops.pack_experts(gate, up, down) if device.type == "cpu" else reference.pack_experts(gate, up, down)
-        # Logits of standard deviation 2: peaked, and no tail so thin that float32 thresholds cannot cut it.
         router_in = normal(rank, hidden_size, std=hidden_size**-0.5) if rank else None
-        columns = rank or hidden_size
-        router_out = normal(intermediate_size // width, columns, std=2 * columns**-0.5)
-        return cls(*(tables if shape.gated else (None, *tables)), router_in, router_out)
+        columns, num_experts = rank or hidden_size, intermediate_size // width
+        floor = log_scale = None
+        if form == "linear":
+            # Logits of standard deviation 2: peaked, and no tail so thin that float32 thresholds cannot cut it.
+            router_out = normal(num_experts, columns, std=2 * columns**-0.5)
+        else:
+            rows = num_experts * (1 + shape.gated)
+            router_out = normal(rows, columns, std=columns**-0.5)
+            floor = torch.full((rows,), 0.1, dtype=dtype, device=device)
+            log_scale = normal(num_experts, std=0.5)
+        return cls(*(tables if shape.gated else (None, *tables)), router_in, router_out, floor, log_scale)
 
 
 @dataclass(frozen=True)
@@ -176,7 +200,6 @@ def make_inputs(layer: Layer, count: int, batch: int, correlation: float, activa
     """Random tokens for which the layer's router, with a threshold for each token, selects `count` experts."""
     device = layer.up.device
     num_experts, hidden_size = layer.num_experts, layer.up.shape[1]
-    router = [None if weight is None else weight.double() for weight in (layer.router_in, layer.router_out, None)]
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -195,7 +218,7 @@ def make_inputs(layer: Layer, count: int, batch: int, correlation: float, activa
         # Tokens whose last selected and first skipped expert have almost the same logit are drawn again: there the
         # order in which a router's dot product is summed could change the selection.
         while True:
-            logits = reference.router_logits(x.double(), *router)
+            logits = layer.logits(x, activation)
             ranked = logits.sort(dim=1, descending=True).values
             close = ranked[:, count - 1] - ranked[:, count] < 2e-5
             if not close.any():
@@ -203,7 +226,7 @@ def make_inputs(layer: Layer, count: int, batch: int, correlation: float, activa
             x[close] = tokens(int(close.sum()))
         before = reference.mass_before(logits).sort(dim=1).values
         threshold = before[:, count - 1 : count + 1].mean(1).float()
-    expert_ids, _, counts = reference.route(reference.router_logits(x.double(), *router), threshold)
+    expert_ids, _, counts = reference.route(layer.logits(x, activation), threshold)
     if not (counts == count).all():
         raise SystemExit(
             f"The thresholds select {counts.tolist()} experts where {count} were wanted: nothing is timed."
@@ -359,8 +382,8 @@ def operators(inputs: list[Inputs], activation: str, nbytes: float) -> list[Cand
         routed.required = sparse.required = device.type == "cpu"
         for given in inputs:
             x, layer = given.x, given.layer
-            router = (layer.router_in, layer.router_out, None)
-            routed.calls.append(partial(backend.routed_ffn, x, *router, given.threshold, *layer.tables, activation))
+            arguments = (x, *layer.router, given.threshold, *layer.tables, activation)
+            routed.calls.append(partial(backend.routed_ffn, *arguments, **layer.router_options))
             selection = (given.expert_ids, given.counts, activation)
             sparse.calls.append(
                 partial(backend.sparse_ffn, x, *layer.tables, *selection, num_experts=layer.num_experts)
@@ -566,7 +589,7 @@ def bench_shape(name: str, dtype_name: str, args: argparse.Namespace) -> list[di
     counts = {active: count_experts(active, num_experts) for active in args.active}
     layer_bytes, num_layers, num_dense = plan(name, dtype, args)
     layers = [
-        Layer.random(shape, args.expert_width, args.router_rank, dtype, device, args.seed + index)
+        Layer.random(shape, args.expert_width, args.router_rank, args.router_form, dtype, device, args.seed + index)
         for index in range(num_layers)
     ]
     probe = make_probe(max(2**30, CACHES_A_ROUND * last_level_cache_bytes(args.device)), device)
@@ -605,6 +628,7 @@ def bench_shape(name: str, dtype_name: str, args: argparse.Namespace) -> list[di
                     "command": f"python benchmarks/ffn.py --device {args.device} --shapes {name} --active {active} "
                     f"--batch {batch} --dtype {dtype_name} {f'--threads {threads} ' if threads else ''}"
                     f"--expert-width {args.expert_width} --router-rank {args.router_rank} "
+                    f"--router-form {args.router_form} "
                     f"--correlation {args.correlation:g} --memory {args.memory:g} --repeats {args.repeats} "
                     f"--seed {args.seed}",
                     "device": args.device,
@@ -619,6 +643,7 @@ def bench_shape(name: str, dtype_name: str, args: argparse.Namespace) -> list[di
                     "experts": num_experts,
                     "expert_width": args.expert_width,
                     "router_rank": args.router_rank,
+                    "router_form": args.router_form,
                     "count": counts[active],
                     "active_percent": 100 * counts[active] / num_experts,
                     "union_percent": 100 * read / (len(inputs) * layer_bytes),
@@ -634,11 +659,10 @@ def bench_shape(name: str, dtype_name: str, args: argparse.Namespace) -> list[di
 def overhead() -> float:
     """Microseconds of a `routed_ffn` call whose FFN is too small to matter, on one thread."""
     torch.set_num_threads(1)
-    layer = Layer.random(Shape(32, 64, True, "silu"), 8, 4, torch.bfloat16, torch.device("cpu"), 0)
+    layer = Layer.random(Shape(32, 64, True, "silu"), 8, 4, "linear", torch.bfloat16, torch.device("cpu"), 0)
     x = torch.randn(1, 32).bfloat16()
-    router = (layer.router_in, layer.router_out, None)
     op = torch.ops.prunepath.routed_ffn.default
-    call = partial(op, x, *router, torch.ones(()), *layer.tables, "silu")
+    call = partial(op, x, *layer.router, torch.ones(()), *layer.tables, "silu")
     return 1e6 * statistics.median(seconds(call, 2000) for _ in range(11))
 
 
@@ -724,6 +748,11 @@ def main() -> None:
     parser.add_argument("--expert-width", type=int, default=1, help="neurons of an expert")
     parser.add_argument("--router-rank", type=int, default=256, help="0: full rank")
     parser.add_argument(
+        "--router-form",
+        choices=("linear", "factored"),
+        help="what conversion makes unless given: factored for experts of one neuron",
+    )
+    parser.add_argument(
         "--correlation",
         type=float,
         default=0.0,
@@ -747,6 +776,7 @@ def main() -> None:
         args.shapes, args.repeats, args.active = ["t5-large"], 2, args.active[:2]
     args.batch = args.batch or {"cpu": [1], "cuda": [1, 4, 8, 32]}[args.device]
     args.threads = [None] if args.device == "cuda" else args.threads or [torch.get_num_threads()]
+    args.router_form = args.router_form or ("factored" if args.expert_width == 1 else "linear")
     args.memory = args.memory or round(available_memory_bytes(args.device) / 2e9, 1)
     if not all(1 <= active <= 100 for active in args.active):
         parser.error(f"argument --active: expected percentages from 1 to 100, got {args.active}")
