@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from prunepath.errors import PrunePathError
 from prunepath.nn import SparseFFN
 from prunepath.nn.experts import expert_contributions, router_target
 from prunepath.ops import reference
@@ -151,12 +152,16 @@ class RouterTraining:
         return self.optimizer is not None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a training that goes on later needs, beside what the constructor takes; after it has begun."""
+        """What a training that goes on later needs, beside what the constructor takes; empty before it has begun."""
+        if not self.is_begun:
+            return {}
         weights = {name: weight.detach() for name, weight in self.weights.items()}
         state = {name: getattr(self, name) for name in ("calls", "mean", "std", "rates")}
         return {**state, "weights": weights, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not state:
+            return
         self.calls, self.mean, self.std = state["calls"], state["mean"], state["std"]
         self._train({name: weight.clone() for name, weight in state["weights"].items()}, state["rates"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -182,6 +187,9 @@ def factored_weights(ffn: SparseFFN, x: torch.Tensor) -> dict[str, torch.Tensor]
 
     Args:
         x: inputs float32 [T, H].
+
+    Raises:
+        PrunePathError: for inputs that are not finite.
     """
     router = ffn.router
     *inputs, down_t = ffn.tables()
@@ -189,23 +197,26 @@ def factored_weights(ffn: SparseFFN, x: torch.Tensor) -> dict[str, torch.Tensor]
     mean = x.mean(0)
     deviations = x - mean
     covariance = deviations.t() @ deviations / len(x)
+    if not covariance.isfinite().all():
+        raise PrunePathError(
+            "Expected finite inputs of every FFN, got some that are not: run the model in a wider dtype."
+        )
     covariance += _RIDGE * covariance.diagonal().mean() * torch.eye(x.shape[1], device=x.device)
     values, vectors = torch.linalg.eigh(covariance)
     root = values.clamp(min=1e-12).sqrt()
     spread = wanted @ (vectors * root)  # W·R
     total = spread.square().sum(1)
-    weights, product = {}, wanted
+    weights, bias = {}, wanted @ mean
     if router.rank:
         leading = torch.linalg.eigh(spread.t() @ spread).eigenvectors[:, -router.rank :]
         w_in, w_out = (vectors / root @ leading).t(), spread @ leading
         # Factors of one size suit half precision, and one learning rate.
         balance = (w_out.square().mean() / w_in.square().mean()).sqrt().sqrt()
         weights["w_in"], w_out = (w_in * balance).contiguous(), w_out / balance
-        product = w_out @ weights["w_in"]
+        bias = bias - w_out @ (weights["w_in"] @ mean)
         missed = (total - (spread @ leading).square().sum(1)).clamp(min=0)
     else:
-        w_out, missed = wanted.clone(), torch.zeros_like(total)
-    bias = (wanted - product) @ mean
+        w_out, missed, bias = wanted, torch.zeros_like(total), torch.zeros_like(total)
     for index, own in enumerate(ffn.biases()[:-1]):
         if own is not None:
             bias[index * router.num_experts : (index + 1) * router.num_experts] += own.float()

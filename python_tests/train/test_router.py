@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from prunepath.errors import PrunePathError
 from prunepath.nn import FFNLayout, SparseFFN
 from prunepath.nn.experts import expert_contributions, router_target
 from prunepath.ops.reference import ACTIVATIONS
@@ -126,6 +127,13 @@ def test_a_factored_router_chooses_better_than_a_linear_one(activation, gated):
             qualities[form] = RouterQuality.of(ffn.router(x), true)
     assert qualities["factored"].kl < qualities["linear"].kl
     assert qualities["factored"].recall > qualities["linear"].recall
+
+
+def test_inputs_that_are_not_finite_are_refused():
+    ffn, x = fine_ffn("factored", 16), correlated(64)
+    x[3, 5] = torch.inf
+    with pytest.raises(PrunePathError, match="finite inputs of every FFN"):
+        RouterTraining(ffn, 0.2).observe(x, ffn.hidden(x))
 
 
 def test_a_factored_router_does_not_mind_the_scale_of_the_ffn():
