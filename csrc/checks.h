@@ -360,9 +360,9 @@ inline RouterShape check_router(const char* op, const FfnShape& shape, const Ten
   }
   check_same_device(op, "router_out", router.out, "x", x);
   check_dtype(op, "router_out", router.out, x.scalar_type());
-  check_shape(op, "router_out", router.out, {rows, rank > 0 ? rank : H},
-              factors > 1 ? (rank > 0 ? "[2 * E, r]" : "[2 * E, H]")
-                          : (rank > 0 ? "[E, r]" : "[E, H]"));
+  check_shape(
+      op, "router_out", router.out, {rows, rank > 0 ? rank : H},
+      factors > 1 ? (rank > 0 ? "[2 * E, r]" : "[2 * E, H]") : (rank > 0 ? "[E, r]" : "[E, H]"));
   check_contiguous(op, "router_out", router.out);
   const char* symbols = factors > 1 ? "[2 * E]" : "[E]";
   check_bias(op, "router_bias", router.bias, "x", x, rows, symbols);
