@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from prunepath.errors import PrunePathError
 from prunepath.nn import SparseFFN
 from prunepath.nn.experts import expert_contributions, router_target
-from prunepath.ops import reference
 
 RECALL_FRACTION = 0.25
 _MINIBATCH = 128
@@ -130,17 +129,8 @@ class RouterTraining:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
     def _step(self, x: torch.Tensor, share: torch.Tensor) -> None:
-        names = {"w_in": None, "floor": None, "log_scale": None} | self.weights
         with torch.enable_grad():
-            logits = reference.router_logits(
-                x,
-                names["w_in"],
-                names["w_out"],
-                names["bias"],
-                names["floor"],
-                names["log_scale"],
-                self.ffn.router.activation,
-            )
+            logits = torch.func.functional_call(self.ffn.router, self.weights, (x,))
             loss = F.kl_div(logits.log_softmax(-1), share, reduction="batchmean")
         self.optimizer.zero_grad()
         loss.backward()
