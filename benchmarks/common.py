@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -59,6 +59,18 @@ def fractions(text: str) -> list[float]:
     if not all(0 < number <= 1 for number in numbers):
         raise argparse.ArgumentTypeError(f"expected numbers in (0, 1], got {text}")
     return numbers
+
+
+def choices(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """A parser of comma-separated names among `known`."""
+
+    def parse(text: str) -> list[str]:
+        for name in text.split(","):
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"expected names among {', '.join(known)}, got {name}")
+        return text.split(",")
+
+    return parse
 
 
 def today() -> str:

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from common import (
     available_memory_bytes,
+    choices,
     graph_seconds,
     last_level_cache_bytes,
     machine,
@@ -715,16 +716,6 @@ def plot(path: str, rows: list[dict]) -> None:
     figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=min(len(drawn), 2 * columns))
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=144)
-
-
-def choices(allowed: dict) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        for part in text.split(","):
-            if part not in allowed:
-                raise argparse.ArgumentTypeError(f"expected some of {', '.join(allowed)}, got {part}")
-        return text.split(",")
-
-    return parse
 
 
 def main() -> None:

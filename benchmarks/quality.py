@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import platform
 import sys
 import time
@@ -26,7 +25,7 @@ sys.path += [str(path) for path in (ROOT, ROOT / "benchmarks") if str(path) not 
 
 import torch  # noqa: E402
 from baselines import METHODS, Settings  # noqa: E402
-from common import processor, today  # noqa: E402
+from common import choices, fractions, processor, today, whole_numbers  # noqa: E402
 from mixture import Mixture  # noqa: E402
 from quality_report import write_report  # noqa: E402
 from tasks import TASKS  # noqa: E402
@@ -34,6 +33,7 @@ from torch import nn  # noqa: E402
 from training import finetune, make_heads  # noqa: E402
 
 from prunepath.errors import PrunePathError  # noqa: E402
+from prunepath.eval.files import write_json  # noqa: E402
 
 BUDGETS = (0.75, 0.5, 0.25, 0.1)
 LEARNING_RATE = 2e-4
@@ -121,7 +121,7 @@ class Run:
                 at = evaluated if name == "dense" or budget is not None else (1.0, *evaluated)
                 cell["results"] = [self._evaluate(method, heads, b) for b in at]
                 cell["seconds"] = time.monotonic() - began
-                write_whole(paths[trained], json.dumps(cell).encode())
+                write_json(paths[trained], cell)
 
     def _stages(self, name: str) -> list[bool]:
         bound = name.startswith("oracle")
@@ -163,6 +163,7 @@ def check_settings(args: argparse.Namespace) -> None:
         PrunePathError: if the folder's cells have other settings.
     """
     asked = {name: getattr(args, name) for name in SETTINGS} | {"model": args.model.resolve().name}
+    (args.out / "cells").mkdir(parents=True, exist_ok=True)
     path = args.out / "settings.json"
     known = json.loads(path.read_text()) if path.exists() else asked
     for name, value in known.items():
@@ -170,24 +171,7 @@ def check_settings(args: argparse.Namespace) -> None:
             raise PrunePathError(
                 f"Expected {name} {value}, as the other results in {args.out} have, got {asked[name]}."
             )
-    write_whole(path, json.dumps(asked | {"tokens": known["tokens"] or asked["tokens"]}).encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
-
-
-def names_among(known) -> type:
-    def parse(text: str) -> list[str]:
-        for name in text.split(","):
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"expected names among {', '.join(known)}, got {name}")
-        return text.split(",")
-
-    return parse
+    write_json(path, asked | {"tokens": known["tokens"] or asked["tokens"]})
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -197,10 +181,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of everything that is written")
     parser.add_argument("--stage", choices=("cells", "report", "all"), default="all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tasks", type=names_among(TASKS), default=list(TASKS))
-    parser.add_argument("--methods", type=names_among(METHODS), default=list(METHODS))
-    parser.add_argument("--seeds", type=lambda s: [int(part) for part in s.split(",")], default=[0, 1, 2])
-    parser.add_argument("--budgets", type=lambda s: [float(part) for part in s.split(",")], default=list(BUDGETS))
+    parser.add_argument("--tasks", type=choices(TASKS), default=list(TASKS))
+    parser.add_argument("--methods", type=choices(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", type=whole_numbers, default=[0, 1, 2])
+    parser.add_argument("--budgets", type=fractions, default=list(BUDGETS))
     parser.add_argument("--tokens", type=int, default=8_192_000, help="of training; 0 for none")
     parser.add_argument("--tokens-per-step", type=int, default=16384)
     parser.add_argument("--rate", type=float, default=LEARNING_RATE, help="peak learning rate")
@@ -258,7 +242,7 @@ def measure(args: argparse.Namespace) -> list[str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    write_whole(args.out / "about.json", json.dumps(about).encode())
+    write_json(args.out / "about.json", about)
     return failures
 
 

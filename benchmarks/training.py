@@ -10,10 +10,12 @@ from collections.abc import Iterator
 import torch
 from baselines.base import Method
 from mixture import IGNORED, Packed
+from tasks.base import last_states
 from torch import nn
 from torch.nn import functional as F
 
 from prunepath.nn import SparseFFN
+from prunepath.train.any_budget import is_router
 
 DISTILLATION_WEIGHT = 1.0
 HEAD_WEIGHT = 0.5
@@ -160,8 +162,10 @@ def finetune(
     model = method.model
     names = {id(p): name for name, p in model.named_parameters()}
     parameters = method.trainable_parameters()
-    routers = [p for p in parameters if _is_router(names.get(id(p), "router"))]
-    backbone = [p for p in parameters if not _is_router(names.get(id(p), "router"))]
+    backbone, routers = [], []
+    for parameter in parameters:
+        name = names.get(id(parameter), "router")
+        (routers if is_router(name) or "predictor" in name else backbone).append(parameter)
     device = backbone[0].device
     groups = [
         {"params": backbone, "peak": rate},
@@ -206,10 +210,6 @@ def finetune(
     return torch.stack(losses).tolist() if losses else []
 
 
-def _is_router(name: str) -> bool:
-    return "router" in name or "predictor" in name
-
-
 def make_heads(model: nn.Module, classes: dict[str, int], examples: dict[str, list], *, seed: int, steps: int = 300):
     """Linear classification heads on the frozen model's last hidden states: what untrained methods use.
 
@@ -221,7 +221,8 @@ def make_heads(model: nn.Module, classes: dict[str, int], examples: dict[str, li
     device = model.get_input_embeddings().weight.device
     heads = nn.ModuleDict()
     for name, count in classes.items():
-        features, targets = _features(model, examples[name])
+        features = last_states(model, [example.ids for example in examples[name]]).float()
+        targets = torch.tensor([example.label for example in examples[name]], device=device)
         mean, std = features.mean(0), features.std(0).clamp(min=1e-3)
         inputs = (features - mean) / std
         linear = nn.Linear(features.shape[1], count).to(device)
@@ -239,23 +240,3 @@ def make_heads(model: nn.Module, classes: dict[str, int], examples: dict[str, li
             linear.bias.sub_(linear.weight @ mean)
         heads[name] = linear
     return heads
-
-
-@torch.no_grad()
-def _features(model: nn.Module, examples: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """(last hidden states float32 [N, H], classes int64 [N]) of examples, in batches of one length or nearly so."""
-    device = model.get_input_embeddings().weight.device
-    examples = sorted(examples, key=lambda e: len(e.ids))
-    rows = []
-    for start in range(0, len(examples), 256):
-        part = examples[start : start + 256]
-        length = max(len(e.ids) for e in part)
-        ids = torch.zeros(len(part), length, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, example in enumerate(part):
-            ids[row, : len(example.ids)] = torch.tensor(example.ids)
-            mask[row, : len(example.ids)] = 1
-        last = mask.sum(1).to(device) - 1
-        hidden = model.get_decoder()(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
-        rows.append(hidden[torch.arange(len(part), device=device), last].float())
-    return torch.cat(rows), torch.tensor([e.label for e in examples], device=device)

@@ -175,6 +175,17 @@ def hidden_states(model: nn.Module, rows: Sequence[Sequence[int]]) -> Iterator[t
             yield batch, output.last_hidden_state
 
 
+def last_states(model: nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """The final hidden state of each sequence's last token, [N, H] in the order of `rows`; see `hidden_states`."""
+    order, states = [], []
+    for numbers, hidden in hidden_states(model, rows):
+        last = hidden.new_tensor([len(rows[number]) - 1 for number in numbers]).long()
+        states.append(hidden.take_along_dim(last[:, None, None], dim=1).squeeze(1))
+        order += numbers
+    found = torch.cat(states)
+    return torch.empty_like(found).index_copy_(0, torch.tensor(order, device=found.device), found)
+
+
 def losses(model: nn.Module, sequences: Sequence[tuple[list[int], int]]) -> list[float]:
     """Negative log-likelihood, in nats, of `ids[scored_from:]` given what is before, for each (ids, scored_from).
 

@@ -6,10 +6,11 @@ import csv
 import random
 import zipfile
 
+import torch
 from torch import nn
 
 from prunepath.errors import PrunePathError
-from tasks.base import Example, Task, hidden_states
+from tasks.base import Example, Task, last_states
 
 SEED = 0
 
@@ -41,13 +42,10 @@ class ClassificationTask(Task):
             raise PrunePathError(f"Expected a trained head for task {self.name}, got none.")
         head, examples = heads[self.name], self.test_examples
         dtype = next(head.parameters()).dtype
-        scores = [0.0] * len(examples)
-        for numbers, hidden in hidden_states(model, [example.ids for example in examples]):
-            last = hidden.new_tensor([len(examples[number].ids) - 1 for number in numbers]).long()
-            states = hidden.take_along_dim(last[:, None, None], dim=1).squeeze(1)
+        states = last_states(model, [example.ids for example in examples])
+        with torch.no_grad():
             predicted = head(states.to(dtype)).float().argmax(-1).tolist()
-            for number, label in zip(numbers, predicted, strict=True):
-                scores[number] = float(label == examples[number].label)
+        scores = [float(label == example.label) for label, example in zip(predicted, examples, strict=True)]
         return {"value": sum(scores) / len(scores), "scores": scores}
 
 
