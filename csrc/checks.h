@@ -311,6 +311,8 @@ struct RouterTensors {
   const std::optional<Tensor>& in;
   const Tensor& out;
   const std::optional<Tensor>& bias;
+  const std::optional<Tensor>& in_scale;
+  const std::optional<Tensor>& out_scale;
   const std::optional<Tensor>& floor;
   const std::optional<Tensor>& log_scale;
 };
@@ -334,6 +336,25 @@ inline int64_t router_num_experts(const char* op, const RouterTensors& router) {
   return router.log_scale->size(0);
 }
 
+// Of a router's table, contiguous rows of x's dtype or, with scales, of 4 bits an element. Returns
+// how many columns it has to have for rows of `size` elements.
+inline int64_t check_router_table(const char* op, const char* name, const Tensor& table,
+                                  const char* scale_name, const std::optional<Tensor>& scale,
+                                  const Tensor& x, int64_t size, const char* symbol) {
+  check_same_device(op, name, table, "x", x);
+  const bool packed = scale.has_value();
+  const ScalarType dtype = packed ? ScalarType::Byte : x.scalar_type();
+  if (table.scalar_type() != dtype) {
+    fail(op, "expected ", name, " of dtype ", dtype_name(dtype), packed ? " with " : " without ",
+         scale_name, ", got ", dtype_name(table.scalar_type()));
+  }
+  if (packed && size % 2 != 0) {
+    fail(op, "expected an even ", symbol, " for ", name, " in 4 bits, got ", size);
+  }
+  check_contiguous(op, name, table);
+  return packed ? size / 2 : size;
+}
+
 // rank: 0 for a router of full rank. factors: 0 for a linear router.
 struct RouterShape {
   int64_t rank;
@@ -349,22 +370,28 @@ inline RouterShape check_router(const char* op, const FfnShape& shape, const Ten
   const int64_t rows = factors > 1 ? factors * E : E;
   int64_t rank = 0;
   if (router.in.has_value()) {
-    check_same_device(op, "router_in", *router.in, "x", x);
-    check_dtype(op, "router_in", *router.in, x.scalar_type());
-    if (router.in->dim() != 2 || router.in->size(0) < 1 || router.in->size(1) != H) {
-      fail(op, "expected router_in of shape [r, H] = [r, ", H, "] with r of at least 1, got ",
-           shape_string(router.in->sizes()));
+    const int64_t columns = check_router_table(op, "router_in", *router.in, "router_in_scale",
+                                               router.in_scale, x, H, "H");
+    if (router.in->dim() != 2 || router.in->size(0) < 1 || router.in->size(1) != columns) {
+      fail(op, "expected router_in of shape [r, H", columns < H ? " / 2" : "", "] = [r, ", columns,
+           "] with r of at least 1, got ", shape_string(router.in->sizes()));
     }
-    check_contiguous(op, "router_in", *router.in);
     rank = router.in->size(0);
+    check_bias(op, "router_in_scale", router.in_scale, "x", x, rank, "[r]");
+  } else if (router.in_scale.has_value()) {
+    fail(op, "expected router_in_scale to be None without router_in, got a tensor");
   }
-  check_same_device(op, "router_out", router.out, "x", x);
-  check_dtype(op, "router_out", router.out, x.scalar_type());
-  check_shape(
-      op, "router_out", router.out, {rows, rank > 0 ? rank : H},
-      factors > 1 ? (rank > 0 ? "[2 * E, r]" : "[2 * E, H]") : (rank > 0 ? "[E, r]" : "[E, H]"));
-  check_contiguous(op, "router_out", router.out);
+  const int64_t size = rank > 0 ? rank : H;
+  const char* symbol = rank > 0 ? "r" : "H";
+  const int64_t columns = check_router_table(op, "router_out", router.out, "router_out_scale",
+                                             router.out_scale, x, size, symbol);
+  if (!has_shape(router.out, {rows, columns})) {
+    fail(op, "expected router_out of shape [", factors > 1 ? "2 * E, " : "E, ", symbol,
+         columns < size ? " / 2" : "", "] = [", rows, ", ", columns, "], got ",
+         shape_string(router.out.sizes()));
+  }
   const char* symbols = factors > 1 ? "[2 * E]" : "[E]";
+  check_bias(op, "router_out_scale", router.out_scale, "x", x, rows, symbols);
   check_bias(op, "router_bias", router.bias, "x", x, rows, symbols);
   check_bias(op, "router_floor", router.floor, "x", x, rows, symbols);
   check_bias(op, "router_log_scale", router.log_scale, "x", x, E, "[E]");

@@ -36,13 +36,14 @@ STABLE_TORCH_LIBRARY(prunepath, m) {
 
   // router_in [r, H] and router_out [E, r], or router_out [E, H]; router_bias [E]; of a factored
   // router F * E rows in router_out and router_bias, router_floor [F * E], router_log_scale [E];
-  // threshold float32 [] or [T] -> y [T, H], counts int32 [T].
+  // with a scale for every row of router_in or router_out, uint8 of half as many columns in its
+  // place; threshold float32 [] or [T] -> y [T, H], counts int32 [T].
   m.def(
       "routed_ffn(Tensor x, Tensor? router_in, Tensor router_out, Tensor? router_bias, "
       "Tensor threshold, Tensor? gate, Tensor up, Tensor down_t, str activation, *, "
-      "Tensor? router_floor=None, Tensor? router_log_scale=None, "
-      "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None, int min_experts=1, "
-      "int max_experts=0) -> (Tensor y, Tensor counts)");
+      "Tensor? router_in_scale=None, Tensor? router_out_scale=None, Tensor? router_floor=None, "
+      "Tensor? router_log_scale=None, Tensor? gate_bias=None, Tensor? up_bias=None, "
+      "Tensor? down_bias=None, int min_experts=1, int max_experts=0) -> (Tensor y, Tensor counts)");
 
   // Name of the kernels that the CPU's operators use in this process.
   m.def("cpu_kernel() -> str");

@@ -17,6 +17,11 @@ struct Float16 {
   uint16_t bits;
 };
 
+// Two elements of 4 bits, whole numbers from -8 to 7: the even one in the low bits, each plus 8.
+struct Int4Pair {
+  uint8_t bits;
+};
+
 PRUNEPATH_HD float float_from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
@@ -72,8 +77,9 @@ PRUNEPATH_HD void from_float(float value, Float16* out) {
   out->bits = static_cast<uint16_t>(sign | half);
 }
 
-// The dtype of a pointer whose type is not known when compiling.
-enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16 };
+// The dtype of a pointer whose type is not known when compiling. Of kInt4 are a router's tables
+// alone.
+enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16, kInt4 };
 
 PRUNEPATH_HD float load_as_float(const void* data, DType dtype, int64_t index) {
   switch (dtype) {

@@ -28,11 +28,16 @@ Parameter make_parameter(const std::optional<Tensor>& tensor) {
                             : Parameter{};
 }
 
+RouterTable make_table(const Tensor& table, const std::optional<Tensor>& scale, int64_t size,
+                       Parameter bias) {
+  return {table.const_data_ptr(), scale.has_value() ? DType::kInt4 : element_type(table),
+          table.size(0),          size,
+          make_parameter(scale),  bias};
+}
+
 struct Router {
-  const Tensor* in;  // null for a router of full rank
-  const Tensor& out;
-  Parameter bias;
-  int64_t rank;
+  RouterTable in;  // no data, no rows: a router of full rank
+  RouterTable out;
   std::optional<RouterFactors> factors;  // none of a linear router
   Thresholds thresholds;
   RouteLimits limits;
@@ -76,12 +81,14 @@ class Ffn {
   }
 
   Tensor routed(const Router& router, int32_t* counts) {
-    const Scratch low_rank(2 * 4 * tile_size_ * router.rank);
-    const Scratch logits(4 * tile_size_ * router.out.size(0));
+    const Scratch low_rank(4 * tile_size_ * router.in.rows);
+    const Scratch ordered(4 * tile_size_ * std::max(hidden_size_, router.in.rows));
+    const Scratch logits(4 * tile_size_ * router.out.rows);
     const Scratch selected(tile_size_ * num_experts_);
     for (begin_ = 0; begin_ < num_tokens_; begin_ += kTileTokens) {
       start_tile();
-      make_logits(router, static_cast<float*>(low_rank.data()), static_cast<float*>(logits.data()));
+      make_logits(router, static_cast<float*>(low_rank.data()), static_cast<float*>(ordered.data()),
+                  static_cast<float*>(logits.data()));
       select(router, static_cast<const float*>(logits.data()),
              static_cast<uint8_t*>(selected.data()), counts + begin_);
       run_tile();
@@ -146,43 +153,41 @@ class Ffn {
     return std::max<int64_t>(1, kMinMultiplyAddsPerChunk / (tile_.num_tokens * size * groups));
   }
 
-  // Multiplies x [tile, size] with the rows `from` to `to` of a contiguous table [rows, size].
-  void multiply(const float* x, const Tensor& table, Parameter bias, int64_t from, int64_t to,
-                float* out) {
-    cpu_kernels().ffn.dot_rows(x, tile_.num_tokens, table.const_data_ptr(), weights_.dtype,
-                               table.size(1), bias, from, to, out, table.size(0));
-  }
-
   // Writes the logits to the first E of each token's row of `out`, which has the router's rows.
-  void make_logits(const Router& router, float* low_rank, float* out) {
-    const float* x = wide();
-    if (router.in != nullptr) {
-      const int64_t rank = router.rank;
-      parallel_for(0, rank, row_grain(hidden_size_, 1), [&](int64_t from, int64_t to) {
-        multiply(wide(), *router.in, {}, from, to, low_rank);
-      });
-      float* ordered = low_rank + tile_.num_tokens * rank;
-      for (int64_t at = 0; at < tile_.num_tokens * rank; at += rank) {
-        cpu_kernels().ffn.widen(low_rank + at, DType::kFloat32, 1, rank, weights_.dtype,
-                                ordered + at);
+  void make_logits(const Router& router, float* low_rank, float* ordered, float* out) {
+    const int64_t tokens = tile_.num_tokens;
+    const auto order_for = [&](const RouterTable& table, const float* x) {
+      for (int64_t at = 0; at < tokens * table.size; at += table.size) {
+        cpu_kernels().ffn.widen(x + at, DType::kFloat32, 1, table.size, table.dtype, ordered + at);
       }
-      x = ordered;
+      return ordered;
+    };
+    const RouterTable& first = router.in.rows > 0 ? router.in : router.out;
+    const float* x = wide();
+    if (first.dtype == DType::kInt4 && weights_.dtype != DType::kBFloat16) {
+      x = order_for(first, x);
+    }
+    if (router.in.rows > 0) {
+      parallel_for(0, router.in.rows, row_grain(hidden_size_, 1), [&](int64_t from, int64_t to) {
+        cpu_kernels().ffn.dot_rows(x, tokens, router.in, from, to, low_rank);
+      });
+      x = order_for(router.out, low_rank);
     }
     const int64_t E = num_experts_;
-    const int64_t groups = router.out.size(0) / E;
-    parallel_for(0, E, row_grain(router.out.size(1), groups), [&](int64_t from, int64_t to) {
+    const int64_t groups = router.out.rows / E;
+    parallel_for(0, E, row_grain(router.out.size, groups), [&](int64_t from, int64_t to) {
       for (int64_t begin = 0; begin < groups * E; begin += E) {
-        multiply(x, router.out, router.bias, begin + from, begin + to, out);
+        cpu_kernels().ffn.dot_rows(x, tokens, router.out, begin + from, begin + to, out);
       }
       if (router.factors.has_value()) {
-        cpu_kernels().ffn.combine_factors(*router.factors, tile_.num_tokens, from, to, out);
+        cpu_kernels().ffn.combine_factors(*router.factors, tokens, from, to, out);
       }
     });
   }
 
   void select(const Router& router, const float* logits, uint8_t* selected, int32_t* counts) {
     const int64_t E = num_experts_;
-    const int64_t stride = router.out.size(0);
+    const int64_t stride = router.out.rows;
     const int64_t grain = std::max<int64_t>(1, kMinExpertsPerChunk / E);
     parallel_for(0, tile_.num_tokens, grain, [&](int64_t from, int64_t to) {
       const Scratch scratch(route_scratch_size(E));
@@ -302,13 +307,15 @@ std::tuple<Tensor, Tensor> routed_ffn(
     const Tensor& x, const std::optional<Tensor>& router_in, const Tensor& router_out,
     const std::optional<Tensor>& router_bias, const Tensor& threshold,
     const std::optional<Tensor>& gate, const Tensor& up, const Tensor& down_t,
-    const std::string& activation, const std::optional<Tensor>& router_floor,
+    const std::string& activation, const std::optional<Tensor>& router_in_scale,
+    const std::optional<Tensor>& router_out_scale, const std::optional<Tensor>& router_floor,
     const std::optional<Tensor>& router_log_scale, const std::optional<Tensor>& gate_bias,
     const std::optional<Tensor>& up_bias, const std::optional<Tensor>& down_bias,
     int64_t min_experts, int64_t max_experts) {
   const char* op = "routed_ffn";
   const FfnTensors tensors{x, gate, up, down_t, gate_bias, up_bias, down_bias};
-  const RouterTensors router_tensors{router_in, router_out, router_bias, router_floor,
+  const RouterTensors router_tensors{router_in,       router_out,       router_bias,
+                                     router_in_scale, router_out_scale, router_floor,
                                      router_log_scale};
   const int64_t num_experts = router_num_experts(op, router_tensors);
   const FfnShape shape = check_ffn(op, tensors, num_experts, activation);
@@ -318,11 +325,10 @@ std::tuple<Tensor, Tensor> routed_ffn(
     factors = {num_experts, num_factors, make_parameter(router_floor),
                make_parameter(router_log_scale), shape.activation};
   }
+  const int64_t H = shape.layout.hidden_size;
   const Router router{
-      rank > 0 ? &*router_in : nullptr,
-      router_out,
-      make_parameter(router_bias),
-      rank,
+      rank > 0 ? make_table(*router_in, router_in_scale, H, {}) : RouterTable{},
+      make_table(router_out, router_out_scale, rank > 0 ? rank : H, make_parameter(router_bias)),
       factors,
       check_thresholds(op, threshold, shape.num_tokens, "x", x),
       {min_experts, check_expert_limits(op, min_experts, max_experts, num_experts)}};

@@ -14,7 +14,7 @@ namespace prunepath {
 // Tokens are worked on in tiles, so that a set of them is one word.
 constexpr int64_t kTileTokens = 64;
 
-// A bias, or a factored router's floor or log-scale: float32 or the weights' dtype; null is all
+// A bias, or a router's scales, floor or log-scale: float32 or the weights' dtype; null is all
 // zeros.
 struct Parameter {
   const void* data = nullptr;
@@ -46,6 +46,16 @@ struct ActiveNeurons {
   const uint64_t* masks;  // by place in the list: bit t is set iff token t of the tile needs it
 };
 
+// What a router multiplies tokens with: row r of [rows, size] times scale[r], plus bias[r].
+struct RouterTable {
+  const void* data = nullptr;  // contiguous
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0;
+  int64_t size = 0;
+  Parameter scale;  // of kInt4; the others' rows are as they are
+  Parameter bias;
+};
+
 // What a factored router makes logits with, besides the factors.
 struct RouterFactors {
   int64_t num_experts;
@@ -57,15 +67,16 @@ struct RouterFactors {
 
 struct FfnKernels {
   // Converts `size` elements, `stride` apart, to float32 in the order in which vectors of
-  // `weights`' dtype are widened, as `dot_rows` and `run_neurons` want them.
+  // `weights`' dtype are widened, as `dot_rows` and `run_neurons` want them: that of bfloat16 for
+  // kInt4 too.
   void (*widen)(const void* x, DType dtype, int64_t stride, int64_t size, DType weights,
                 float* out);
 
-  // out[t * out_stride + r] = x[t] . row r + bias[r] for the rows of `table` [., size] from `begin`
-  // to `end`, x [num_tokens, size] as `widen` writes it. A token's sums do not depend on the
-  // others.
-  void (*dot_rows)(const float* x, int64_t num_tokens, const void* table, DType dtype, int64_t size,
-                   Parameter bias, int64_t begin, int64_t end, float* out, int64_t out_stride);
+  // out[t, r] = x[t] . row r + bias[r] for the rows of `table` from `begin` to `end`, x
+  // [num_tokens, size] as `widen` writes it and out [num_tokens, rows]. A token's sums do not
+  // depend on the others.
+  void (*dot_rows)(const float* x, int64_t num_tokens, const RouterTable& table, int64_t begin,
+                   int64_t end, float* out);
 
   // Replaces the first factor by the logit, for the experts `begin` to `end` of every row of
   // factors [num_tokens, num_factors * num_experts].

@@ -33,11 +33,23 @@ constexpr int kTileTokensAtOnce = 4;
 constexpr int64_t kSpanNeurons = 64;
 constexpr int64_t kSpanBytes = int64_t{128} << 10;  // of output rows, which wait in the L2 cache
 
+// Elements that a W holds.
+template <typename W>
+constexpr int64_t kElements = 1;
+template <>
+constexpr int64_t kElements<Int4Pair> = 2;
+
 // Elements that a step of the inner loops takes of every row: whole cache lines, whole pairs.
 template <typename W>
 constexpr int64_t step_size() {
   constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(W));
   return line > 2 * kLanes ? line : 2 * kLanes;
+}
+
+// As many as of bfloat16, whose order of x they share.
+template <>
+constexpr int64_t step_size<Int4Pair>() {
+  return step_size<BFloat16>();
 }
 
 template <typename W>
@@ -60,7 +72,7 @@ PRUNEPATH_INLINE float parameter(const Parameter& p, int64_t index) {
 
 template <typename X>
 void widen_from(const X* x, int64_t stride, int64_t size, DType weights, float* out) {
-  const bool even_first = weights == DType::kBFloat16;
+  const bool even_first = weights == DType::kBFloat16 || weights == DType::kInt4;
   const int64_t whole = even_first ? whole_steps<BFloat16>(size) : 0;
   for (int64_t i = 0; i < whole; i += 2 * kLanes) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -84,6 +96,15 @@ void widen(const void* x, DType dtype, int64_t stride, int64_t size, DType weigh
   }
 }
 
+template <typename W>
+PRUNEPATH_INLINE float element(const W* row, int64_t i) {
+  return to_float(row[i]);
+}
+
+PRUNEPATH_INLINE float element(const Int4Pair* row, int64_t i) {
+  return static_cast<float>((row[i / 2].bits >> i % 2 * 4 & 15) - 8);
+}
+
 // out[t] = x[t] . row for T tokens, each of them in the same order whatever T is. Asks for the row
 // at `ahead` meanwhile.
 template <int T, typename W>
@@ -93,7 +114,7 @@ PRUNEPATH_INLINE void dot_row(const float* const (&x)[T], const W* __restrict ro
   Pair sums[T][kUnroll] = {};
   const auto step = [&](int64_t i, int64_t u) {
     for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
-      const Pair w = load_pair(row + j);
+      const Pair w = load_pair(row + j / kElements<W>);
       for (int t = 0; t < T; ++t) {
         sums[t][u].a += load(x[t] + j) * w.a;
         sums[t][u].b += load(x[t] + j + kLanes) * w.b;
@@ -103,14 +124,14 @@ PRUNEPATH_INLINE void dot_row(const float* const (&x)[T], const W* __restrict ro
   int64_t i = 0;
   for (; i + kUnroll * kStep <= size; i += kUnroll * kStep) {
     for (int64_t u = 0; u < kUnroll; ++u) {
-      prefetch_step(ahead + i + u * kStep);
+      prefetch_step(ahead + (i + u * kStep) / kElements<W>);
     }
     for (int64_t u = 0; u < kUnroll; ++u) {
       step(i + u * kStep, u);
     }
   }
   for (; i + kStep <= size; i += kStep) {
-    prefetch_step(ahead + i);
+    prefetch_step(ahead + i / kElements<W>);
     step(i, 0);
   }
   for (int t = 0; t < T; ++t) {
@@ -120,7 +141,7 @@ PRUNEPATH_INLINE void dot_row(const float* const (&x)[T], const W* __restrict ro
     }
     out[t] = sum_lanes(total);
     for (int64_t j = i; j < size; ++j) {
-      out[t] += x[t][j] * to_float(row[j]);
+      out[t] += x[t][j] * element(row, j);
     }
   }
 }
@@ -157,39 +178,43 @@ PRUNEPATH_INLINE void add_row(float scale, const W* __restrict row, const W* ahe
 
 template <typename W>
 PRUNEPATH_INLINE int64_t rows_ahead(int64_t size) {
-  const int64_t row_bytes = size * static_cast<int64_t>(sizeof(W));
+  const int64_t row_bytes = size / kElements<W> * static_cast<int64_t>(sizeof(W));
   const int64_t rows = (kAheadBytes + row_bytes - 1) / row_bytes;
   return rows < kBlockNeurons ? rows : kBlockNeurons;
 }
 
 template <typename W>
-void dot_rows_typed(const float* x, int64_t num_tokens, const void* table, int64_t size,
-                    const Parameter& bias, int64_t begin, int64_t end, float* out,
-                    int64_t out_stride) {
+void dot_rows_typed(const float* x, int64_t num_tokens, const RouterTable& table, int64_t begin,
+                    int64_t end, float* out) {
+  const int64_t size = table.size;
+  const int64_t stride = size / kElements<W>;
   const int64_t ahead = rows_ahead<W>(size);
   for (int64_t r = begin; r < end; ++r) {
-    const W* row = static_cast<const W*>(table) + r * size;
-    const W* later = r + ahead < end ? row + ahead * size : row;
-    const float b = parameter(bias, r);
+    const W* row = static_cast<const W*>(table.data) + r * stride;
+    const W* later = r + ahead < end ? row + ahead * stride : row;
+    const float scale = table.dtype == DType::kInt4 ? parameter(table.scale, r) : 1.0f;
+    const float bias = parameter(table.bias, r);
     int64_t t = 0;
     for (; t + 2 <= num_tokens; t += 2) {
       float dots[2];
       dot_row<2>({x + t * size, x + (t + 1) * size}, row, t == 0 ? later : row, size, dots);
-      out[t * out_stride + r] = dots[0] + b;
-      out[(t + 1) * out_stride + r] = dots[1] + b;
+      out[t * table.rows + r] = dots[0] * scale + bias;
+      out[(t + 1) * table.rows + r] = dots[1] * scale + bias;
     }
     if (t < num_tokens) {
       float dot[1];
       dot_row<1>({x + t * size}, row, t == 0 ? later : row, size, dot);
-      out[t * out_stride + r] = dot[0] + b;
+      out[t * table.rows + r] = dot[0] * scale + bias;
     }
   }
 }
 
-void dot_rows(const float* x, int64_t num_tokens, const void* table, DType dtype, int64_t size,
-              Parameter bias, int64_t begin, int64_t end, float* out, int64_t out_stride) {
+void dot_rows(const float* x, int64_t num_tokens, const RouterTable& table, int64_t begin,
+              int64_t end, float* out) {
   const auto run = [&]() {
-    switch (dtype) {
+    switch (table.dtype) {
+      case DType::kInt4:
+        return dot_rows_typed<Int4Pair>;
       case DType::kBFloat16:
         return dot_rows_typed<BFloat16>;
       case DType::kFloat16:
@@ -198,7 +223,7 @@ void dot_rows(const float* x, int64_t num_tokens, const void* table, DType dtype
         return dot_rows_typed<float>;
     }
   }();
-  run(x, num_tokens, table, size, bias, begin, end, out, out_stride);
+  run(x, num_tokens, table, begin, end, out);
 }
 
 // `count` elements, at most kLanes of them, and then zeros.

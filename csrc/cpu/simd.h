@@ -33,6 +33,7 @@ typedef uint32_t Words __attribute__((vector_size(4 * PRUNEPATH_LANES)));
 typedef int64_t Longs __attribute__((vector_size(4 * PRUNEPATH_LANES)));  // half as many
 typedef uint64_t LongWords __attribute__((vector_size(4 * PRUNEPATH_LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * PRUNEPATH_LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(PRUNEPATH_LANES)));
 
 template <typename Vector>
 PRUNEPATH_INLINE Vector load_bits(const void* data) {
@@ -71,8 +72,8 @@ PRUNEPATH_INLINE Floats load_in_order(const BFloat16* data) {
 }
 
 // 2 * kLanes elements that follow each other, in the order that is cheapest to widen to: the even
-// and the odd ones for bfloat16, the first and the second half for the others. Vectors that have
-// only been computed elementwise keep that order; `in_order` undoes it.
+// and the odd ones for bfloat16 and 4 bits, the first and the second half for the others. Vectors
+// that have only been computed elementwise keep that order; `in_order` undoes it.
 struct Pair {
   Floats a, b;
 };
@@ -85,6 +86,22 @@ PRUNEPATH_INLINE Pair load_pair(const W* data) {
 PRUNEPATH_INLINE Pair load_pair(const BFloat16* data) {
   const Words words = load_bits<Words>(data);
   return {(Floats)(words << 16), (Floats)(words & 0xffff0000u)};
+}
+
+PRUNEPATH_INLINE Ints load_bytes(const void* data) {
+#if defined(__AVX512F__) && PRUNEPATH_LANES == 16
+  return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(data)));
+#elif defined(__AVX2__) && PRUNEPATH_LANES == 8
+  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(data)));
+#else
+  return __builtin_convertvector(load_bits<Bytes>(data), Ints);
+#endif
+}
+
+PRUNEPATH_INLINE Pair load_pair(const Int4Pair* data) {
+  const Ints pairs = load_bytes(data);
+  return {__builtin_convertvector((pairs & 15) - 8, Floats),
+          __builtin_convertvector((pairs >> 4) - 8, Floats)};
 }
 
 template <typename W>

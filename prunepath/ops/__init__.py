@@ -166,6 +166,8 @@ def routed_ffn(
     down_t: Tensor,
     activation: str,
     *,
+    router_in_scale: Tensor | None = None,
+    router_out_scale: Tensor | None = None,
     router_floor: Tensor | None = None,
     router_log_scale: Tensor | None = None,
     gate_bias: Tensor | None = None,
@@ -185,14 +187,20 @@ def routed_ffn(
     where φ_1 stands in for the activation, x·σ(x) for silu, x·σ(1.702·x) for gelu and gelu_tanh, softplus for relu and
     its square for relu2, and φ_2(v) = v. All is float32; neither logits nor router_in·x are ever rounded to x's dtype.
 
+    Either of the router's tables may be in 4 bits, with a scale for every row: see `reference.pack_rows`, which makes
+    such a table, and `reference.unpack_rows`, which says what it stands for.
+
     Args:
         x: [T, H] float32, bfloat16 or float16, any strides.
-        router_in: [r, H] of x's dtype, contiguous; None for a router of full rank.
+        router_in: [r, H] of x's dtype, contiguous; None for a router of full rank. With a router_in_scale, uint8
+            [r, H / 2], where H is even.
         router_out: [E, r], or [E, H] without router_in, of x's dtype, contiguous; F·E rows if the router is factored.
-            E must divide D.
+            E must divide D. With a router_out_scale, uint8 of half as many columns, whose number is even.
         router_bias: [E], or [F·E], float32 or x's dtype, or None.
         threshold: float32 [] or [T]; see `route`.
         gate, up, down_t, activation, gate_bias, up_bias, down_bias: see `sparse_ffn`.
+        router_in_scale: [r] float32 or x's dtype, of a router_in in 4 bits.
+        router_out_scale: [E], or [F·E], float32 or x's dtype, of a router_out in 4 bits.
         router_floor: [F·E] float32 or x's dtype, of a factored router; None for a linear one.
         router_log_scale: [E] float32 or x's dtype, exactly where there is a router_floor.
         min_experts, max_experts: see `route`.
@@ -213,6 +221,8 @@ def routed_ffn(
         up,
         down_t,
         activation,
+        router_in_scale=router_in_scale,
+        router_out_scale=router_out_scale,
         router_floor=router_floor,
         router_log_scale=router_log_scale,
         gate_bias=gate_bias,

@@ -102,6 +102,35 @@ def pack_experts(gate: Tensor | None, up: Tensor, down: Tensor, order: Tensor | 
     return [table.clone(memory_format=torch.contiguous_format) for table in tables]
 
 
+def pack_rows(codes: Tensor) -> Tensor:
+    """Rows of whole numbers from −8 to 7 in 4 bits each.
+
+    Args:
+        codes: [R, C] of any integer dtype; C is even.
+
+    Returns:
+        uint8 [R, C / 2]: byte k of a row has element 2k in its low four bits and element 2k + 1 in its high ones, each
+        as its value + 8.
+    """
+    nibbles = (codes + 8).to(torch.uint8)
+    return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+
+
+def unpack_rows(packed: Tensor, scale: Tensor) -> Tensor:
+    """The rows that a router's table in 4 bits stands for: what `pack_rows` packed, times the row's scale.
+
+    Args:
+        packed: uint8 [R, C / 2].
+        scale: [R].
+
+    Returns:
+        float32 [R, C]; float64 for a float64 scale.
+    """
+    wide = torch.promote_types(scale.dtype, torch.float32)
+    nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+    return (nibbles.to(wide) - 8) * scale.to(wide)[:, None]
+
+
 def router_logits(
     x: Tensor,
     router_in: Tensor | None,
@@ -110,13 +139,16 @@ def router_logits(
     router_floor: Tensor | None = None,
     router_log_scale: Tensor | None = None,
     activation: str = "silu",
+    *,
+    router_in_scale: Tensor | None = None,
+    router_out_scale: Tensor | None = None,
 ) -> Tensor:
     """z [T, E] of `prunepath.ops.routed_ffn`: in float32, or float64 for float64 inputs."""
     wide = torch.promote_types(x.dtype, torch.float32)
     v = x.to(wide)
-    for weight in (router_in, router_out):
+    for weight, scale in ((router_in, router_in_scale), (router_out, router_out_scale)):
         if weight is not None:
-            v = v @ weight.to(wide).t()
+            v = v @ (weight if scale is None else unpack_rows(weight, scale)).to(wide).t()
     if router_bias is not None:
         v = v + router_bias.to(wide)
     if router_log_scale is None:
@@ -157,6 +189,8 @@ def routed_ffn(
     down_t: Tensor,
     activation: str,
     *,
+    router_in_scale: Tensor | None = None,
+    router_out_scale: Tensor | None = None,
     router_floor: Tensor | None = None,
     router_log_scale: Tensor | None = None,
     gate_bias: Tensor | None = None,
@@ -166,7 +200,17 @@ def routed_ffn(
     max_experts: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Router, top-mass selection and FFN; see `prunepath.ops.routed_ffn`."""
-    logits = router_logits(x, router_in, router_out, router_bias, router_floor, router_log_scale, activation)
+    logits = router_logits(
+        x,
+        router_in,
+        router_out,
+        router_bias,
+        router_floor,
+        router_log_scale,
+        activation,
+        router_in_scale=router_in_scale,
+        router_out_scale=router_out_scale,
+    )
     active, counts = select(logits, threshold, min_experts=min_experts, max_experts=max_experts)
     return masked_ffn(x, gate, up, down_t, active, activation, gate_bias, up_bias, down_bias), counts
 

@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 
+from prunepath.ops import reference
+
 
 @dataclasses.dataclass
 class FfnInputs:
-    """Random inputs: x, tables and router of one dtype, and the biases and a factored router's floor and log-scale as
-    keyword arguments."""
+    """Random inputs: x, tables and router of one dtype, and as keyword arguments the biases, a factored router's floor
+    and log-scale, and the scales of those router tables that are in 4 bits."""
 
     x: torch.Tensor
     gate: torch.Tensor | None
@@ -22,6 +24,7 @@ class FfnInputs:
     num_experts: int
     biases: dict[str, torch.Tensor]
     factors: dict[str, torch.Tensor]
+    scales: dict[str, torch.Tensor]
 
     @property
     def tables(self):
@@ -37,10 +40,14 @@ class FfnInputs:
         def double(value):
             if isinstance(value, dict):
                 return {name: tensor.double() for name, tensor in value.items()}
-            return value.double() if isinstance(value, torch.Tensor) else value
+            return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
         fields = dataclasses.fields(self)
         return FfnInputs(**{field.name: double(getattr(self, field.name)) for field in fields})
+
+    def logits(self, activation="silu"):
+        """The router's, of the reference."""
+        return reference.router_logits(self.x, *self.router, **self.factors, activation=activation, **self.scales)
 
     def sparse(self, op, ids, counts, activation="silu", **changes):
         """`op`, a `sparse_ffn`, of these inputs."""
@@ -56,7 +63,8 @@ class FfnInputs:
 
     def routed(self, op, threshold, activation="silu", **options):
         """`op`, a `routed_ffn`, of these inputs."""
-        return op(self.x, *self.router, threshold, *self.tables, activation, **self.biases, **self.factors, **options)
+        options |= self.biases | self.factors | self.scales
+        return op(self.x, *self.router, threshold, *self.tables, activation, **options)
 
 
 @pytest.fixture
@@ -69,6 +77,7 @@ def make_ffn():
         *,
         rank=8,  # None for a router of full rank
         factored=False,
+        packed=(),  # names of the router's tables that are in 4 bits
         gated=True,
         dtype=torch.float32,
         biases=True,
@@ -102,10 +111,16 @@ def make_ffn():
             num_experts=num_experts,
             biases=given if biases else {},
             factors={},
+            scales={},
         )
         if factored:
             ffn.factors["router_floor"] = normal(router_rows, scale=0.2, dtype=bias_dtype)
             ffn.factors["router_log_scale"] = normal(num_experts, dtype=bias_dtype)
+        for name in packed:
+            table = getattr(ffn, name)
+            setattr(ffn, name, reference.pack_rows(torch.randint(-8, 8, table.shape, generator=generator)))
+            scale = (0.5 + torch.rand(len(table), generator=generator)) * table.float().std() / 4.6
+            ffn.scales[f"{name}_scale"] = scale.to(bias_dtype)
         return ffn
 
     return make

@@ -34,6 +34,9 @@ def test_shapes_are_the_same_on_meta_tensors(make_ffn, name):
     factors = {"router_floor": x.new_ones(10), "router_log_scale": x.new_ones(5)}
     y, counts = ops.routed_ffn(x, router_in, router_out.repeat(2, 1), None, threshold, *tables, "silu", **factors)
     assert (y.shape, y.dtype, counts.shape, counts.dtype) == ((7, 40), x.dtype, (7,), torch.int32)
+    router_in, scale = router_in[:, ::2].contiguous().to(torch.uint8), x.new_ones(8)
+    y, counts = ops.routed_ffn(x, router_in, router_out, None, threshold, *tables, "silu", router_in_scale=scale)
+    assert (y.shape, y.dtype, counts.shape, counts.dtype) == ((7, 40), x.dtype, (7,), torch.int32)
     ids, probs, counts = ops.route(x[:, :5], threshold, max_experts=3)
     assert ids.shape == probs.shape == (7, 3) and counts.shape == (7,)
     assert (ids.dtype, probs.dtype, counts.dtype) == (torch.int32, torch.float32, torch.int32)

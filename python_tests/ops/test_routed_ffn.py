@@ -11,6 +11,7 @@ from prunepath.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OP = torch.ops.prunepath.routed_ffn.default
+IN, OUT = ("router_in",), ("router_out",)
 
 
 def make_exact(ffn, low_rank):
@@ -29,7 +30,7 @@ def make_exact(ffn, low_rank):
         ffn.router_out = torch.zeros_like(ffn.up[: ffn.num_experts])
         integers(ffn.router_out[:, :6], -1, 1)
     ffn.router_bias.copy_(torch.arange(ffn.num_experts) % 5 / 4)
-    return reference.router_logits(ffn.x, *ffn.router)
+    return ffn.logits()
 
 
 def clear_thresholds(logits, tau):
@@ -66,12 +67,56 @@ def test_a_factored_router_equals_the_float64_reference(make_ffn, assert_close_t
         bias_dtype = dtype if num_tokens == 2 else torch.float32
         ffn = make_ffn(num_tokens, num_experts, 3, 50, rank=rank, factored=True, gated=gated, dtype=dtype)
         ffn.factors = {name: tensor.to(bias_dtype) for name, tensor in ffn.factors.items()}
-        logits = reference.router_logits(ffn.wide().x, *ffn.wide().router, **ffn.wide().factors, activation=activation)
-        threshold = clear_thresholds(logits, 0.7)
+        threshold = clear_thresholds(ffn.wide().logits(activation), 0.7)
         y, counts = ffn.routed(ops.routed_ffn, threshold, activation)
         expected, expected_counts = ffn.wide().routed(reference.routed_ffn, threshold, activation)
         assert torch.equal(counts, expected_counts)
         assert_close_to(y, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 3, 65])
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize(
+    "packed, hidden_size, rank",
+    [(IN, 70, 5), (OUT, 33, 6), (IN + OUT, 70, 6), (IN + OUT, 512, 256), (OUT, 70, None), (OUT, 2, None)],
+)
+def test_a_router_in_4_bits_equals_the_float64_reference(
+    make_ffn, assert_close_to, dtype, num_tokens, factored, packed, hidden_size, rank
+):
+    bias_dtype = dtype if num_tokens == 3 else torch.float32
+    shape = (num_tokens, 37, 3, hidden_size)
+    ffn = make_ffn(*shape, rank=rank, factored=factored, packed=packed, dtype=dtype, bias_dtype=bias_dtype)
+    threshold = clear_thresholds(ffn.wide().logits(), 0.7)
+    y, counts = ffn.routed(ops.routed_ffn, threshold)
+    expected, expected_counts = ffn.wide().routed(reference.routed_ffn, threshold)
+    assert torch.equal(counts, expected_counts)
+    assert_close_to(y, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed, hidden_size, rank", [(IN + OUT, 70, 6), (IN + OUT, 302, 94), (OUT, 302, None)])
+def test_every_element_in_4_bits_has_its_place(make_ffn, assert_close_to, dtype, packed, hidden_size, rank):
+    """Tokens of a single one, scales that are powers of two: the logits are exact."""
+    ffn = make_ffn(hidden_size, 40, 1, hidden_size, rank=rank, packed=packed, dtype=dtype)
+    ffn.x = torch.eye(hidden_size, dtype=dtype)
+    ffn.scales = {name: 2.0 ** (-3 - torch.arange(len(scale)) % 3) for name, scale in ffn.scales.items()}
+    ffn.router_bias = torch.arange(40) % 5 / 4
+    for tau in (0.1, 0.5, 0.9):
+        y, counts = ffn.routed(ops.routed_ffn, torch.tensor(tau))
+        expected, expected_counts = ffn.wide().routed(reference.routed_ffn, torch.tensor(tau))
+        assert torch.equal(counts, expected_counts)
+        assert_close_to(y, expected)
+
+
+def test_rows_in_4_bits_have_two_elements_a_byte():
+    codes = torch.tensor([[-8, 7, 0, 3], [1, -1, 2, -2]])
+    packed = reference.pack_rows(codes)
+    assert packed.dtype == torch.uint8 and packed.tolist() == [[0xF0, 0xB8], [0x79, 0x6A]]
+    scale = torch.tensor([0.5, 3.0])
+    for dtype in DTYPES:
+        rows = reference.unpack_rows(packed, scale.to(dtype))
+        assert rows.dtype == torch.float32 and torch.equal(rows, codes * scale[:, None])
 
 
 @pytest.mark.parametrize("activation", reference.ROUTER_ACTIVATIONS)
@@ -89,8 +134,7 @@ def test_factored_logits_are_accurate(make_ffn, activation, gated):
     ffn.router_bias = torch.tensor([0.0, 0.7, 0.25, 1.5][:rows])
     for log_scale in (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0):  # so that for every value some logits are near each other
         ffn.factors = {"router_floor": torch.full((rows,), 0.05), "router_log_scale": torch.tensor([0.3, log_scale])}
-        wide = ffn.wide()
-        logits = reference.router_logits(wide.x, *wide.router, **wide.factors, activation=activation)
+        logits = ffn.wide().logits(activation)
         assert logits.isfinite().all()
         larger = logits.softmax(1).amax(1).float()
         for offset, count in ((-2e-6, 1), (2e-6, 2)):
@@ -177,12 +221,14 @@ def test_logits_are_not_rounded_to_bfloat16(make_ffn):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden_size, rank", [(40, 8), (333, 45), (512, 256)])
+@pytest.mark.parametrize(
+    "hidden_size, rank, packed", [(40, 8, ()), (333, 45, ()), (512, 256, ()), (334, 46, IN + OUT), (512, 256, IN + OUT)]
+)
 @pytest.mark.parametrize("factored", [False, True])
-def test_a_token_is_routed_alike_alone_and_in_a_batch(make_ffn, dtype, hidden_size, rank, factored):
+def test_a_token_is_routed_alike_alone_and_in_a_batch(make_ffn, dtype, hidden_size, rank, packed, factored):
     """Thresholds between neighbouring masses would show a logit that differs in its last bit."""
-    for rank_or_full in (rank, None):
-        ffn = make_ffn(67, 300, 1, hidden_size, rank=rank_or_full, factored=factored, dtype=dtype)
+    for options in ({"rank": rank, "packed": packed}, {"rank": None, "packed": packed[1:]}):
+        ffn = make_ffn(67, 300, 1, hidden_size, **options, factored=factored, dtype=dtype)
         x = ffn.x
         for tau in (0.1, 0.5, 0.9):
             ffn.x = x
@@ -278,12 +324,12 @@ def test_non_contiguous_x(make_ffn):
         ({"router_in": torch.zeros(8, 41)}, r"router_in of shape \[r, H\] = \[r, 40\] .*got \[8, 41\]"),
         ({"router_in": torch.zeros(0, 40)}, r"router_in of shape .* r of at least 1, got \[0, 40\]"),
         ({"router_in": torch.zeros(40, 8).t()}, "router_in to be contiguous"),
-        ({"router_in": torch.zeros(8, 40).half()}, "router_in of dtype float32, got float16"),
+        ({"router_in": torch.zeros(8, 40).half()}, "router_in of dtype float32 without router_in_scale, got float16"),
         ({"router_out": torch.zeros(4, 8)}, "the number of experts to divide the 30 neurons of up, got 4 experts"),
         ({"router_out": torch.zeros(5, 9)}, r"router_out of shape \[E, r\] = \[5, 8\], got \[5, 9\]"),
         ({"router_out": torch.zeros(5)}, r"router_out of shape \[E, r\], or .*got \[5\]"),
         ({"router_out": torch.zeros(0, 8)}, "from 1 to 65536 experts, got 0"),
-        ({"router_out": torch.zeros(5, 8).half()}, "router_out of dtype float32, got float16"),
+        ({"router_out": torch.zeros(5, 8).half()}, "router_out of dtype float32 without router_out_scale, got float16"),
         ({"router_out": torch.zeros(8, 5).t()}, "router_out to be contiguous"),
         ({"router_in": None}, r"router_out of shape \[E, H\] = \[5, 40\], got \[5, 8\]"),
         ({"router_bias": torch.zeros(4)}, r"router_bias of shape \[E\] = \[5\], got \[4\]"),
@@ -303,6 +349,43 @@ def test_bad_arguments_are_named(make_ffn, change, message):
     arguments = dict(zip(names, values, strict=True))
     ops.routed_ffn(**arguments)
     with pytest.raises(RuntimeError, match=f"prunepath::routed_ffn: expected {message}"):
+        ops.routed_ffn(**(arguments | change))
+
+
+def in_4_bits(name, *shape, scale_shape):
+    return {name: torch.zeros(shape, dtype=torch.uint8), f"{name}_scale": torch.ones(scale_shape)}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"router_in": torch.ones(8, 40)}, "router_in of dtype uint8 with router_in_scale, got float32"),
+        ({"router_out": torch.ones(5, 8)}, "router_out of dtype uint8 with router_out_scale, got float32"),
+        ({"router_in_scale": None}, "router_in of dtype float32 without router_in_scale, got uint8"),
+        ({"router_out_scale": None}, "router_out of dtype float32 without router_out_scale, got uint8"),
+        (in_4_bits("router_in", 8, 40, scale_shape=8), r"router_in of shape \[r, H / 2\] = \[r, 20\] .*got \[8, 40\]"),
+        (in_4_bits("router_out", 5, 8, scale_shape=5), r"router_out of shape \[E, r / 2\] = \[5, 4\], got \[5, 8\]"),
+        (in_4_bits("router_in", 8, 20, scale_shape=7), r"router_in_scale of shape \[r\] = \[8\], got \[7\]"),
+        (in_4_bits("router_out", 5, 4, scale_shape=(5, 1)), r"router_out_scale of shape \[E\] = \[5\], got \[5, 1\]"),
+        (in_4_bits("router_in", 7, 20, scale_shape=7), "an even r for router_out in 4 bits, got 7"),
+        (
+            {"x": torch.zeros(3, 39), "gate": None, "up": torch.zeros(30, 39), "down_t": torch.zeros(30, 39)},
+            "an even H for router_in in 4 bits, got 39",
+        ),
+        ({"router_in_scale": torch.ones(8).half()}, "router_in_scale of dtype float32 or float32, got float16"),
+        ({"router_out_scale": torch.ones(10)[::2]}, "router_out_scale to be contiguous, .*"),
+        ({"router_in": torch.zeros(20, 8, dtype=torch.uint8).t()}, "router_in to be contiguous, .*"),
+        ({"router_in": None}, "router_in_scale to be None without router_in, got a tensor"),
+        ({"router_in": None, "router_in_scale": None}, r"router_out of shape \[E, H / 2\] = \[5, 20\], got \[5, 4\]"),
+    ],
+)
+def test_bad_arguments_of_a_router_in_4_bits_are_named(make_ffn, change, message):
+    ffn = make_ffn(packed=IN + OUT)
+    names = ("x", "router_in", "router_out", "router_bias", "threshold", "gate", "up", "down_t", "activation")
+    values = (ffn.x, *ffn.router, torch.tensor(0.5), *ffn.tables, "silu")
+    arguments = dict(zip(names, values, strict=True)) | ffn.scales
+    ops.routed_ffn(**arguments)
+    with pytest.raises(RuntimeError, match=rf"prunepath::routed_ffn: expected {message}\.$"):
         ops.routed_ffn(**(arguments | change))
 
 
@@ -342,10 +425,11 @@ def test_bad_arguments_of_a_factored_router_are_named(make_ffn, gated, change, m
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_opcheck_of_a_factored_router(make_ffn, gated):
-    ffn = make_ffn(factored=True, gated=gated)
+@pytest.mark.parametrize("packed", [(), IN + OUT])
+def test_opcheck_of_a_factored_router(make_ffn, gated, packed):
+    ffn = make_ffn(factored=True, packed=packed, gated=gated)
     arguments = (ffn.x, *ffn.router, torch.tensor(0.5), *ffn.tables, "silu")
-    torch.library.opcheck(OP, arguments, ffn.biases | ffn.factors)
+    torch.library.opcheck(OP, arguments, ffn.biases | ffn.factors | ffn.scales)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 3])
@@ -367,7 +451,7 @@ def test_outputs_carry_no_gradient(make_ffn):
 
 @pytest.mark.parametrize("factored", [False, True])
 def test_compiles_whole_and_a_new_threshold_does_not_recompile(make_ffn, factored):
-    ffn = make_ffn(factored=factored)
+    ffn = make_ffn(factored=factored, packed=IN + OUT if factored else ())
     compiles = []
 
     def counting_backend(graph, inputs):
@@ -375,7 +459,7 @@ def test_compiles_whole_and_a_new_threshold_does_not_recompile(make_ffn, factore
         return graph.forward
 
     def f(x, threshold):
-        y, counts = ops.routed_ffn(x * 2, *ffn.router, threshold, *ffn.tables, "silu", **ffn.factors)
+        y, counts = ops.routed_ffn(x * 2, *ffn.router, threshold, *ffn.tables, "silu", **ffn.factors, **ffn.scales)
         return y + 1, counts
 
     compiled = torch.compile(f, fullgraph=True, backend=counting_backend)
