@@ -106,15 +106,17 @@ PRUNEPATH_INLINE float element(const Int4Pair* row, int64_t i) {
 }
 
 // out[t] = x[t] . row for T tokens, each of them in the same order whatever T is. Asks for the row
-// at `ahead` meanwhile.
+// at `ahead` meanwhile. Where GCC does not unroll these loops, the sums stay in memory.
 template <int T, typename W>
 PRUNEPATH_INLINE void dot_row(const float* const (&x)[T], const W* __restrict row, const W* ahead,
                               int64_t size, float (&out)[T]) {
   constexpr int64_t kStep = step_size<W>();
   Pair sums[T][kUnroll] = {};
   const auto step = [&](int64_t i, int64_t u) {
+#pragma GCC unroll 8
     for (int64_t j = i; j < i + kStep; j += 2 * kLanes) {
       const Pair w = load_pair(row + j / kElements<W>);
+#pragma GCC unroll 2
       for (int t = 0; t < T; ++t) {
         sums[t][u].a += load(x[t] + j) * w.a;
         sums[t][u].b += load(x[t] + j + kLanes) * w.b;
@@ -126,6 +128,7 @@ PRUNEPATH_INLINE void dot_row(const float* const (&x)[T], const W* __restrict ro
     for (int64_t u = 0; u < kUnroll; ++u) {
       prefetch_step(ahead + (i + u * kStep) / kElements<W>);
     }
+#pragma GCC unroll 4
     for (int64_t u = 0; u < kUnroll; ++u) {
       step(i + u * kStep, u);
     }
@@ -134,8 +137,10 @@ PRUNEPATH_INLINE void dot_row(const float* const (&x)[T], const W* __restrict ro
     prefetch_step(ahead + i / kElements<W>);
     step(i, 0);
   }
+#pragma GCC unroll 2
   for (int t = 0; t < T; ++t) {
     Floats total = {};
+#pragma GCC unroll 4
     for (const Pair& sum : sums[t]) {
       total += sum.a + sum.b;
     }
