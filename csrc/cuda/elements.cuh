@@ -44,11 +44,20 @@ __device__ __forceinline__ float parameter_at(const DeviceParameter& parameter, 
                             : to_float(static_cast<const W*>(parameter.data)[index]);
 }
 
-// Elements of 16 bytes.
-template <typename W>
-constexpr int kFullVector = 16 / sizeof(W);
+// Two elements of 4 bits, whole numbers from -8 to 7: the even one in the low bits, each plus 8.
+struct Int4Pair {
+  uint8_t bits;
+};
 
-// kVec consecutive elements: 16 bytes, or a single element where rows are not aligned.
+// Elements that a W holds.
+template <typename W>
+constexpr int kElements = std::is_same_v<W, Int4Pair> ? 2 : 1;
+
+// Elements of 16 bytes, or as many in 4 bits as of the 16-bit types.
+template <typename W>
+constexpr int kFullVector = std::is_same_v<W, Int4Pair> ? 8 : 16 / sizeof(W);
+
+// kVec consecutive elements: kFullVector of them, or a single W where rows are not aligned.
 template <typename W, int kVec>
 struct Vector {
   uint32_t words[kVec == 1 ? 1 : 4];
@@ -65,9 +74,21 @@ struct Vector {
   }
 };
 
+template <int kVec>
+struct Vector<Int4Pair, kVec> {
+  uint32_t bits;
+
+  __device__ __forceinline__ float operator[](int i) const {
+    // As the last bits of 2^23 + the number, which takes no conversion.
+    return __uint_as_float((bits >> 4 * i & 15) | 0x4b000000) - (0x1p23f + 8.0f);
+  }
+};
+
 template <typename W, int kVec>
 __device__ __forceinline__ Vector<W, kVec> load_vector(const W* data) {
-  if constexpr (kVec == 1 && sizeof(W) == 4) {
+  if constexpr (std::is_same_v<W, Int4Pair>) {
+    return {kVec == 2 ? data->bits : *reinterpret_cast<const uint32_t*>(data)};
+  } else if constexpr (kVec == 1 && sizeof(W) == 4) {
     return {{*reinterpret_cast<const uint32_t*>(data)}};
   } else if constexpr (kVec == 1) {
     return {{*reinterpret_cast<const uint16_t*>(data)}};
@@ -100,7 +121,7 @@ __device__ __forceinline__ Vector<W, kVec> load_expert(const W* data) {
 // kVec consecutive elements as float32.
 template <typename Element, int kVec>
 __device__ __forceinline__ void load_floats(const Element* data, float (&values)[kVec]) {
-  constexpr int kPiece = kVec < kFullVector<Element> ? kVec : kFullVector<Element>;
+  constexpr int kPiece = kVec < kFullVector<Element> ? 1 : kFullVector<Element>;
 #pragma unroll
   for (int i = 0; i < kVec; i += kPiece) {
     const Vector<Element, kPiece> piece = load_vector<Element, kPiece>(data + i);

@@ -55,8 +55,10 @@ struct GivenExperts {
 };
 
 struct Router {
-  const void* in;   // [rank, H]; null: full rank
-  const void* out;  // [E, rank], or [E, H]; of a factored router factors * E rows
+  const void* in;            // [rank, H]; null: full rank
+  const void* out;           // [E, rank], or [E, H]; of a factored router factors * E rows
+  DeviceParameter in_scale;  // of each row, where the table is in 4 bits
+  DeviceParameter out_scale;
   DeviceParameter bias;
   DeviceParameter floor;      // [factors * E]
   DeviceParameter log_scale;  // [E]

@@ -21,8 +21,9 @@ constexpr int kLargeBlock = 1024;
 // With factors, out has the logits that they make: factor f of an expert is weight's row
 // f * rows + row.
 struct Products {
-  const void* weight;  // [rows, width], or [factors * rows, width]
-  const void* in;      // [tokens, width]
+  const void* weight;     // [rows, width], or [factors * rows, width]
+  DeviceParameter scale;  // of each row of weight, which is in 4 bits; missing: it is not
+  const void* in;         // [tokens, width]
   DeviceParameter bias;
   float* out;  // [tokens, rows]
   int32_t num_tokens;
@@ -35,29 +36,48 @@ struct Products {
   Activation activation;
 };
 
-template <typename W, int kFactors, int kRows>
+// P: the dtype of parameters that are not float32. They are all loaded first: between steps that
+// depend on them, the compiler would copy the steps for every dtype.
+template <typename P, typename W, int kFactors, int kRows>
 __device__ __forceinline__ float output_of(const Products& args, int row,
                                            const float (&sums)[kRows]) {
+  const auto load = [&](const DeviceParameter& parameter, float (&values)[kRows]) {
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      values[k] = parameter_at<P>(parameter, k * args.rows + row);
+    }
+  };
+  float products[kRows];
+  load(args.bias, products);
+  float scales[kRows];
+  if constexpr (std::is_same_v<W, Int4Pair>) {
+    load(args.scale, scales);
+  }
+#pragma unroll
+  for (int k = 0; k < kRows; ++k) {
+    products[k] += std::is_same_v<W, Int4Pair> ? sums[k] * scales[k] : sums[k];
+  }
   if constexpr (kFactors == 0) {
-    return sums[0] + parameter_at<W>(args.bias, row);
+    return products[0];
   } else {
+    float floors[kRows];
+    load(args.floor, floors);
+    const float log_scale = parameter_at<P>(args.log_scale, row);
     float logs = 0.0f;
 #pragma unroll
     for (int f = 0; f < kFactors; ++f) {
-      const int at = f * args.rows + row;
-      const float estimate = sums[f] + parameter_at<W>(args.bias, at);
-      const float factor = f == 0 ? router_activate(args.activation, estimate) : estimate;
-      const float floor = parameter_at<W>(args.floor, at);
-      logs += 0.5f * logf(factor * factor + floor * floor);
+      const float factor = f == 0 ? router_activate(args.activation, products[f]) : products[f];
+      logs += 0.5f * logf(factor * factor + floors[f] * floors[f]);
     }
-    return logs + parameter_at<W>(args.log_scale, row);
+    return logs + log_scale;
   }
 }
 
-template <typename W, typename In, int kVec, int kTokens, int kFactors>
+template <typename P, typename W, typename In, int kVec, int kTokens, int kFactors>
 __global__ void __launch_bounds__(kProductThreads) products_kernel(const Products args) {
   constexpr int kRows = kFactors == 0 ? 1 : kFactors;  // of weight, for one of out
   constexpr int kUnroll = 4 / kRows;                   // so that as many loads are on their way
+  constexpr int kStep = kVec / kElements<W>;
   __shared__ float warp_sums[kProductThreads / kWarp][kTokens][kRows];
   const int row = blockIdx.x * (kProductThreads / args.lanes) + threadIdx.x / args.lanes;
   const int lane = threadIdx.x % args.lanes;
@@ -68,12 +88,12 @@ __global__ void __launch_bounds__(kProductThreads) products_kernel(const Product
 #pragma unroll
   for (int k = 0; k < kRows; ++k) {
     weights[k] = static_cast<const W*>(args.weight) +
-                 (static_cast<int64_t>(k) * args.rows + row) * args.width;
+                 (static_cast<int64_t>(k) * args.rows + row) * (args.width / kElements<W>);
   }
   for (int v = lane; v < vectors; v += args.lanes) {
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
-      prefetch(weights[k] + v * kVec);
+      prefetch(weights[k] + v * kStep);
     }
   }
   wait_for_previous_kernel();
@@ -84,7 +104,7 @@ __global__ void __launch_bounds__(kProductThreads) products_kernel(const Product
     Vector<W, kVec> w[kRows];
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
-      w[k] = load_vector<W, kVec>(weights[k] + v * kVec);
+      w[k] = load_vector<W, kVec>(weights[k] + v * kStep);
     }
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
@@ -102,7 +122,7 @@ __global__ void __launch_bounds__(kProductThreads) products_kernel(const Product
   }
   const auto write = [&](int t, const float (&sum)[kRows]) {
     args.out[static_cast<int64_t>(first + t) * args.rows + row] =
-        output_of<W, kFactors>(args, row, sum);
+        output_of<P, W, kFactors>(args, row, sum);
   };
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
@@ -142,7 +162,7 @@ __global__ void __launch_bounds__(kProductThreads) products_kernel(const Product
   }
 }
 
-template <typename W, typename In, int kVec, int kFactors>
+template <typename P, typename W, typename In, int kVec, int kFactors>
 void launch_products_vec(const Target& target, Products args) {
   const auto vectors = static_cast<unsigned>(args.width / kVec);
   args.lanes = vectors >= kProductThreads
@@ -151,66 +171,76 @@ void launch_products_vec(const Target& target, Products args) {
   const int block_rows = kProductThreads / args.lanes;
   const auto blocks = static_cast<unsigned>((args.rows + block_rows - 1) / block_rows);
   if (args.num_tokens == 1) {
-    launch(target, products_kernel<W, In, kVec, 1, kFactors>, dim3(blocks), kProductThreads, args);
+    launch(target, products_kernel<P, W, In, kVec, 1, kFactors>, dim3(blocks), kProductThreads,
+           args);
   } else {
     const auto groups = static_cast<unsigned>((args.num_tokens + kTogether - 1) / kTogether);
-    launch(target, products_kernel<W, In, kVec, kTogether, kFactors>, dim3(blocks, groups),
+    launch(target, products_kernel<P, W, In, kVec, kTogether, kFactors>, dim3(blocks, groups),
            kProductThreads, args);
   }
 }
 
-template <typename W, typename In, int kFactors>
-void launch_products(const Target& target, const Products& args) {
+template <typename P, typename W, typename In, int kFactors>
+void launch_products_of(const Target& target, const Products& args) {
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
   if (args.width % kFullVector<W> == 0 && aligned(args.weight) && aligned(args.in)) {
-    launch_products_vec<W, In, kFullVector<W>, kFactors>(target, args);
+    launch_products_vec<P, W, In, kFullVector<W>, kFactors>(target, args);
   } else {
-    launch_products_vec<W, In, 1, kFactors>(target, args);
+    launch_products_vec<P, W, In, kElements<W>, kFactors>(target, args);
   }
 }
 
-template <typename W, typename In>
+template <typename P, typename In, int kFactors>
+void launch_products(const Target& target, const Products& args) {
+  if (args.scale.data == nullptr) {
+    launch_products_of<P, P, In, kFactors>(target, args);
+  } else {
+    launch_products_of<P, Int4Pair, In, kFactors>(target, args);
+  }
+}
+
+template <typename P, typename In>
 void launch_logits(const Target& target, const Products& args, int32_t factors) {
   switch (factors) {
     case 2:
-      launch_products<W, In, 2>(target, args);
+      launch_products<P, In, 2>(target, args);
       break;
     case 1:
-      launch_products<W, In, 1>(target, args);
+      launch_products<P, In, 1>(target, args);
       break;
     default:
-      launch_products<W, In, 0>(target, args);
+      launch_products<P, In, 0>(target, args);
   }
 }
 
-template <typename W>
+template <typename P>
 void launch_router(const Target& target, const FfnArgs& args, const Router& router) {
-  Products logits{};
-  logits.weight = router.out;
-  logits.in = args.x;
-  logits.bias = router.bias;
-  logits.out = router.logits;
-  logits.num_tokens = args.num_tokens;
-  logits.rows = args.num_experts;
-  logits.width = args.hidden_size;
-  logits.floor = router.floor;
-  logits.log_scale = router.log_scale;
-  logits.activation = args.activation;
-  if (router.in == nullptr) {
-    launch_logits<W, W>(target, logits, router.factors);
-    return;
+  Products products{};
+  products.in = args.x;
+  products.num_tokens = args.num_tokens;
+  products.width = args.hidden_size;
+  if (router.in != nullptr) {
+    products.weight = router.in;
+    products.scale = router.in_scale;
+    products.out = router.projected;
+    products.rows = router.rank;
+    launch_products<P, P, 0>(target, products);
+    products.in = router.projected;
+    products.width = router.rank;
   }
-  Products projected{};
-  projected.weight = router.in;
-  projected.in = args.x;
-  projected.out = router.projected;
-  projected.num_tokens = args.num_tokens;
-  projected.rows = router.rank;
-  projected.width = args.hidden_size;
-  launch_products<W, W, 0>(target, projected);
-  logits.in = router.projected;
-  logits.width = router.rank;
-  launch_logits<W, float>(target, logits, router.factors);
+  products.weight = router.out;
+  products.scale = router.out_scale;
+  products.bias = router.bias;
+  products.out = router.logits;
+  products.rows = args.num_experts;
+  products.floor = router.floor;
+  products.log_scale = router.log_scale;
+  products.activation = args.activation;
+  if (router.in != nullptr) {
+    launch_logits<P, float>(target, products, router.factors);
+  } else {
+    launch_logits<P, P>(target, products, router.factors);
+  }
 }
 
 // Makes the list and its masks from the bits. All of a block's threads call it.

@@ -13,13 +13,15 @@ std::tuple<Tensor, Tensor> routed_ffn(
     const Tensor& x, const std::optional<Tensor>& router_in, const Tensor& router_out,
     const std::optional<Tensor>& router_bias, const Tensor& threshold,
     const std::optional<Tensor>& gate, const Tensor& up, const Tensor& down_t,
-    const std::string& activation, const std::optional<Tensor>& router_floor,
+    const std::string& activation, const std::optional<Tensor>& router_in_scale,
+    const std::optional<Tensor>& router_out_scale, const std::optional<Tensor>& router_floor,
     const std::optional<Tensor>& router_log_scale, const std::optional<Tensor>& gate_bias,
     const std::optional<Tensor>& up_bias, const std::optional<Tensor>& down_bias,
     int64_t min_experts, int64_t max_experts) {
   const char* op = "routed_ffn";
   const FfnTensors tensors{x, gate, up, down_t, gate_bias, up_bias, down_bias};
-  const RouterTensors router_tensors{router_in, router_out, router_bias, router_floor,
+  const RouterTensors router_tensors{router_in,       router_out,       router_bias,
+                                     router_in_scale, router_out_scale, router_floor,
                                      router_log_scale};
   const FfnShape shape = check_ffn(op, tensors, router_num_experts(op, router_tensors), activation);
   const auto [rank, factors] = check_router(op, shape, x, router_tensors);
@@ -34,6 +36,8 @@ std::tuple<Tensor, Tensor> routed_ffn(
   Router router{};
   router.in = rank > 0 ? router_in->const_data_ptr() : nullptr;
   router.out = router_out.const_data_ptr();
+  router.in_scale = device_parameter(router_in_scale);
+  router.out_scale = device_parameter(router_out_scale);
   router.bias = device_parameter(router_bias);
   router.floor = device_parameter(router_floor);
   router.log_scale = device_parameter(router_log_scale);

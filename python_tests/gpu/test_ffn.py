@@ -14,6 +14,7 @@ pytestmark = pytest.mark.gpu
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 DTYPES = list(BOUNDS)
 ACTIVATIONS = list(reference.ACTIVATIONS)
+IN, OUT = ("router_in",), ("router_out",)
 
 
 @pytest.fixture(params=["cuda", "triton"])
@@ -66,6 +67,7 @@ class Problem:
         biases=True,
         bias_dtype=torch.float32,
         router_rows=None,
+        packed=(),  # names of the router's tables that are in 4 bits
         seed=0,
     ):
         generator = torch.Generator("cuda").manual_seed(seed)
@@ -80,12 +82,20 @@ class Problem:
         def power_of_two(value):
             return 2.0 ** round(math.log2(value))
 
+        def table(name, rows, width, scale):
+            if name not in packed:
+                return (integers(1, rows, width) * scale).to(dtype)
+            scales = scale / 4 / (1 + torch.arange(rows, device="cuda") % 2)
+            self.scales[f"{name}_scale"] = scales.to(bias_dtype)
+            return reference.pack_rows(torch.randint(-8, 8, (rows, width), generator=generator, device="cuda"))
+
         self.num_experts = E
+        self.scales = {}
         self.x = integers(2, T, H).to(dtype)
         width = H if rank is None else rank
         scale = power_of_two(2 / (1.15 * (H if rank is None else H * rank / 1.5) ** 0.5))
-        self.router_in = None if rank is None else integers(1, rank, H).to(dtype)
-        self.router_out = (integers(1, rows, width) * scale).to(dtype)
+        self.router_in = None if rank is None else table("router_in", rank, H, 1.0)
+        self.router_out = table("router_out", rows, width, scale)
         self.router_bias = (integers(4, rows) * scale).to(bias_dtype)
         self.factors = {}
         self.gate = normal(D, H, scale=H**-0.5) if gated else None
@@ -101,10 +111,11 @@ class Problem:
                 self.biases["gate_bias"] = normal(D, scale=0.5, to=bias_dtype)
         self.threshold = torch.rand(T, generator=generator, device="cuda").clamp_min(0.02)
 
-    def logits(self):
-        router = (self.router_in, self.router_out, self.router_bias)
-        double = [None if tensor is None else tensor.double() for tensor in router]
-        return reference.router_logits(self.x.double(), *double).float()
+    def logits(self, **activation):
+        router = {"router_in": self.router_in, "router_out": self.router_out, "router_bias": self.router_bias}
+        router |= self.scales | self.factors
+        double = {name: t if t is None or t.dtype == torch.uint8 else t.double() for name, t in router.items()}
+        return reference.router_logits(self.x.double(), **double, **activation).float()
 
     def selection(self, **limits):
         expert_ids, _, counts = reference.route(self.logits(), self.threshold, **limits)
@@ -127,8 +138,11 @@ class Problem:
         router = (self.router_in, self.router_out, self.router_bias, self.threshold)
         return (self.x, *router, self.gate, self.up, self.down_t, activation)
 
+    def routed_options(self):
+        return {**self.scales, **self.factors, **self.biases}
+
     def routed(self, backend, activation="silu", **limits):
-        return backend.routed_ffn(*self.routed_arguments(activation), **self.factors, **self.biases, **limits)
+        return backend.routed_ffn(*self.routed_arguments(activation), **self.routed_options(), **limits)
 
 
 class FactoredProblem(Problem):
@@ -146,9 +160,7 @@ class FactoredProblem(Problem):
         self.threshold = self.clear_threshold(self.threshold)
 
     def logits(self):
-        router = (self.router_in, self.router_out, self.router_bias, *self.factors.values())
-        double = [None if tensor is None else tensor.double() for tensor in router]
-        return reference.router_logits(self.x.double(), *double, activation=self.activation).float()
+        return super().logits(activation=self.activation)
 
     def clear_threshold(self, near):
         """float32 [T] near those given."""
@@ -223,6 +235,42 @@ def test_hidden_sizes_of_every_backend(backend, hidden_size):
 def test_every_rank_of_router(cuda, rank, num_tokens, dtype):
     for hidden_size in (136, 1024):
         assert_both_close(cuda, Problem(num_tokens, 201, 1, hidden_size, rank=rank, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 6, 70])
+@pytest.mark.parametrize(
+    ("packed", "hidden_size", "rank"),
+    [
+        (IN, 160, 5),
+        (OUT, 33, 6),
+        (OUT, 70, None),
+        (OUT, 1024, None),
+        (IN + OUT, 134, 22),
+        (IN + OUT, 160, 16),
+        (IN + OUT, 1024, 256),
+    ],
+)
+def test_router_tables_in_4_bits(backend, packed, hidden_size, rank, num_tokens, dtype):
+    """Products by single bytes and by four, of few lanes, a warp and a block."""
+    options = {
+        "rank": rank,
+        "packed": packed,
+        "dtype": dtype,
+        "bias_dtype": dtype if num_tokens == 6 else torch.float32,
+    }
+    for problem in (
+        Problem(num_tokens, 201, 2, hidden_size, **options),
+        FactoredProblem(num_tokens, 201, 1, hidden_size, **options),
+        FactoredProblem(num_tokens, 33, 3, hidden_size, gated=False, activation="relu", **options),
+    ):
+        activation = getattr(problem, "activation", "silu")
+        assert_both_close(backend, problem, activation)
+        for name in packed:  # at an address that only bytes can be read from
+            table = getattr(problem, name)
+            shifted = torch.zeros(table.numel() + 1, dtype=torch.uint8, device="cuda")[1:].view_as(table)
+            setattr(problem, name, shifted.copy_(table))
+        assert_both_close(backend, problem, activation)
 
 
 @pytest.mark.parametrize("rank", [None, 24])
@@ -603,9 +651,9 @@ def test_opcheck(T):
     problem = Problem(T, 6, 5, 64)
     torch.library.opcheck(torch.ops.prunepath.routed_ffn.default, problem.routed_arguments(), problem.biases)
     for gated in (True, False):
-        factored = FactoredProblem(T, 6, 5, 64, gated=gated)
-        options = {**factored.factors, **factored.biases}
-        torch.library.opcheck(torch.ops.prunepath.routed_ffn.default, factored.routed_arguments(), options)
+        factored = FactoredProblem(T, 6, 5, 64, gated=gated, packed=IN + OUT if gated else ())
+        arguments, options = factored.routed_arguments(), factored.routed_options()
+        torch.library.opcheck(torch.ops.prunepath.routed_ffn.default, arguments, options)
     arguments = (problem.x, problem.gate, problem.up, problem.down_t, *problem.selection(), "silu")
     torch.library.opcheck(torch.ops.prunepath.sparse_ffn.default, arguments, {"num_experts": 6, **problem.biases})
 
