@@ -98,40 +98,56 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def element(weight, PART: tl.constexpr):
+    """float32 of a weight; of uint8, which holds two elements of 4 bits, of the even one (PART 0) or the odd one."""
+    if weight.dtype == tl.uint8:
+        wide = ((weight >> 4 * PART) & 15).to(tl.float32) - 8.0
+    else:
+        wide = to_float(weight)
+    return wide
+
+
+@triton.jit
 def project(rows, valid, tokens, stride, present, size, ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Float32 products [ROWS, TOKENS] of rows of weights and tokens of `size` values, which the pointers name.
+    """Float32 products [ROWS, TOKENS] of rows of `size` weights, or of so many uint8 of two elements, and tokens of as
+    many values, which the pointers name.
 
     A float32 token is never rounded to the weights' dtype."""
+    PARTS: tl.constexpr = 2 if rows.dtype.element_ty == tl.uint8 else 1
     lane = tl.arange(0, BLOCK)
     if TOKENS >= _DOT_TOKENS:
         total = tl.zeros((ROWS, TOKENS), tl.float32)
         for start in range(0, size, BLOCK):
             column = start + lane
             inside = column < size
-            w = tl.load(rows[:, None] + column[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
-            value = tl.load(
-                tokens[None, :] + column.to(tl.int64)[:, None] * stride,
-                mask=present[None, :] & inside[:, None],
-                other=0.0,
-            )
-            if value.dtype == tl.float32:
-                # Each block alone first, which keeps digits that one chain of `size` additions would lose. The last
-                # argument, which means nothing to float32, keeps Triton from making one chain of it.
-                total += tl.dot(to_float(w), value, input_precision="ieee", max_num_imprecise_acc=1)
-            else:
-                total = dot(w, value, total, "ieee")
+            w = tl.load(rows[:, None] + column[None, :], mask=valid[:, None] & inside[None, :], other=0)
+            for part in tl.static_range(PARTS):
+                value = tl.load(
+                    tokens[None, :] + (PARTS * column.to(tl.int64) + part)[:, None] * stride,
+                    mask=present[None, :] & inside[:, None],
+                    other=0.0,
+                )
+                if value.dtype == tl.float32:
+                    # Each block alone first, which keeps digits that one chain of `size` additions would lose. The last
+                    # argument, which means nothing to float32, keeps Triton from making one chain of it.
+                    total += tl.dot(element(w, part), value, input_precision="ieee", max_num_imprecise_acc=1)
+                elif PARTS == 1:
+                    total = dot(w, value, total, "ieee")
+                else:
+                    total = dot(element(w, part).to(value.dtype), value, total, "ieee")
     else:
         # Summed along lanes once, at the end. All in three dimensions, so that no layout is converted in the loop.
         product = tl.zeros((ROWS, TOKENS, BLOCK), tl.float32)
         for start in range(0, size, BLOCK):
             column = (start + lane)[None, None, :]
             inside = column < size
-            w = tl.load(rows[:, None, None] + column, mask=valid[:, None, None] & inside, other=0.0)
-            value = tl.load(
-                tokens[None, :, None] + column.to(tl.int64) * stride,
-                mask=present[None, :, None] & inside,
-                other=0.0,
-            )
-            product += to_float(w) * to_float(value)
+            w = tl.load(rows[:, None, None] + column, mask=valid[:, None, None] & inside, other=0)
+            for part in tl.static_range(PARTS):
+                value = tl.load(
+                    tokens[None, :, None] + (PARTS * column.to(tl.int64) + part) * stride,
+                    mask=present[None, :, None] & inside,
+                    other=0.0,
+                )
+                product += element(w, part) * to_float(value)
         total = tl.sum(product, axis=2)
     return total

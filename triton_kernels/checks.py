@@ -130,6 +130,22 @@ def check_selection(op: str, x: Tensor, expert_ids: Tensor, counts: Tensor) -> N
     check_tensor(op, "counts", counts, "x", x, (torch.int32,), shape[:1], "[T]")
 
 
+def check_router_table(
+    op: str, name: str, table: Tensor, scale: Tensor | None, x: Tensor, shape: tuple[int, int], rows: str, symbol: str
+) -> None:
+    """A table of x's dtype or, with a scale for every row, of 4 bits an element. The shape is that of its elements."""
+    expected = x.dtype if scale is None else torch.uint8
+    if table.dtype != expected:
+        given = "without" if scale is None else "with"
+        fail(op, f"expected {name} of dtype {_name(expected)} {given} {name}_scale, got {_name(table.dtype)}")
+    if scale is not None:
+        if shape[1] % 2 != 0:
+            fail(op, f"expected an even {symbol} for {name} in 4 bits, got {shape[1]}")
+        shape, symbol = (shape[0], shape[1] // 2), f"{symbol} / 2"
+    check_tensor(op, name, table, "x", x, (expected,), shape, f"[{rows}, {symbol}]")
+    check_bias(op, f"{name}_scale", scale, x, shape[0], f"[{rows}]")
+
+
 def check_router(
     op: str,
     x: Tensor,
@@ -138,6 +154,8 @@ def check_router(
     router_in: Tensor | None,
     router_out: Tensor,
     router_bias: Tensor | None,
+    router_in_scale: Tensor | None,
+    router_out_scale: Tensor | None,
     router_floor: Tensor | None,
     router_log_scale: Tensor | None,
 ) -> tuple[int, int]:
@@ -151,15 +169,17 @@ def check_router(
         fail(op, f"expected router_log_scale of shape [E], got {list(router_log_scale.shape)}")
     inner, symbol = x.shape[1], "H"
     if router_in is not None:
-        check_tensor(op, "router_in", router_in, "x", x, (x.dtype,), (router_in.shape[0], inner), "[r, H]")
+        check_router_table(op, "router_in", router_in, router_in_scale, x, (router_in.shape[0], inner), "r", symbol)
         inner, symbol = router_in.shape[0], "r"
+    elif router_in_scale is not None:
+        fail(op, "expected router_in_scale to be None without router_in, got a tensor")
     num_experts, factors, rows = router_out.shape[0], 0, "E"
     if router_log_scale is not None:
         num_experts, factors = router_log_scale.shape[0], 1 if gate is None else 2
         rows = "E" if gate is None else "2 * E"
     check_num_experts(op, up, num_experts)
     num_rows = max(factors, 1) * num_experts
-    check_tensor(op, "router_out", router_out, "x", x, (x.dtype,), (num_rows, inner), f"[{rows}, {symbol}]")
+    check_router_table(op, "router_out", router_out, router_out_scale, x, (num_rows, inner), rows, symbol)
     check_bias(op, "router_bias", router_bias, x, num_rows, f"[{rows}]")
     check_bias(op, "router_floor", router_floor, x, num_rows, f"[{rows}]")
     check_bias(op, "router_log_scale", router_log_scale, x, num_experts, "[E]")

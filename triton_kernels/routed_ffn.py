@@ -20,10 +20,36 @@ def log_of_factor(factor, floor, row, valid):
     return 0.5 * tl.log(factor * factor + low * low)
 
 
+@triton.jit
+def project_rows(
+    weight,
+    scale,
+    bias,
+    row,
+    valid,
+    tokens,
+    stride,
+    present,
+    size,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Float32 scale·(weight·x) + bias, [rows, tokens]."""
+    rows = weight + row.to(tl.int64) * size
+    z = project(rows, valid, tokens, stride, present, size, ROWS, TOKENS, BLOCK)
+    if scale is not None:
+        z *= to_float(tl.load(scale + row, mask=valid, other=0.0))[:, None]
+    if bias is not None:
+        z += to_float(tl.load(bias + row, mask=valid, other=0.0))[:, None]
+    return z
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def router_kernel(
     x,
-    weight,  # [rows, size], or [FACTORS * rows, size]; bias and floor have as many
+    weight,  # [rows, size], or [FACTORS * rows, size]; scale, bias and floor have as many
+    scale,  # of weights in 4 bits, two in uint8; else None
     bias,
     floor,
     log_scale,  # [rows]
@@ -40,23 +66,19 @@ def router_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """weight·x + bias in float32, or the logits of a router of so many factors. Grid: blocks of rows, tiles of 64
-    tokens or fewer."""
+    """scale·(weight·x) + bias in float32, or the logits of a router of so many factors. Grid: blocks of rows, tiles of
+    64 tokens or fewer."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     valid = row < num_rows
     present = token < num_tokens
     tokens = x + token * x_token_stride
-    z = project(weight + row.to(tl.int64) * size, valid, tokens, x_stride, present, size, ROWS, TOKENS, BLOCK)
-    if bias is not None:
-        z += to_float(tl.load(bias + row, mask=valid, other=0.0))[:, None]
+    z = project_rows(weight, scale, bias, row, valid, tokens, x_stride, present, size, ROWS, TOKENS, BLOCK)
     if FACTORS > 0:
         z = log_of_factor(router_activate(z, ACTIVATION), floor, row, valid)
         if FACTORS == 2:
             other = num_rows + row
-            v = project(weight + other.to(tl.int64) * size, valid, tokens, x_stride, present, size, ROWS, TOKENS, BLOCK)
-            if bias is not None:
-                v += to_float(tl.load(bias + other, mask=valid, other=0.0))[:, None]
+            v = project_rows(weight, scale, bias, other, valid, tokens, x_stride, present, size, ROWS, TOKENS, BLOCK)
             z += log_of_factor(v, floor, other, valid)
         z += to_float(tl.load(log_scale + row, mask=valid, other=0.0))[:, None]
     tl.store(out + token[None, :] * num_rows + row[:, None], z, mask=valid[:, None] & present[None, :])
@@ -68,6 +90,7 @@ def router_kernel(
 def _project(
     x: Tensor,
     weight: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None = None,
     token_bits: Tensor | None = None,
     *,
@@ -89,6 +112,7 @@ def _project(
     router_kernel[(triton.cdiv(num_rows, rows), triton.cdiv(num_tokens, TILE))](
         x,
         weight,
+        scale,
         bias,
         floor,
         log_scale,
@@ -120,6 +144,8 @@ def routed_ffn(
     down_t: Tensor,
     activation: str,
     *,
+    router_in_scale: Tensor | None = None,
+    router_out_scale: Tensor | None = None,
     router_floor: Tensor | None = None,
     router_log_scale: Tensor | None = None,
     gate_bias: Tensor | None = None,
@@ -132,7 +158,17 @@ def routed_ffn(
     op = "routed_ffn"
     checks.check_ffn(op, x, gate, up, down_t, activation, gate_bias, up_bias, down_bias)
     num_experts, factors = checks.check_router(
-        op, x, up, gate, router_in, router_out, router_bias, router_floor, router_log_scale
+        op,
+        x,
+        up,
+        gate,
+        router_in,
+        router_out,
+        router_bias,
+        router_in_scale,
+        router_out_scale,
+        router_floor,
+        router_log_scale,
     )
     num_tokens = x.shape[0]
     checks.check_threshold(op, threshold, "x", x)
@@ -140,10 +176,11 @@ def routed_ffn(
     counts = torch.empty(num_tokens, dtype=torch.int32, device=x.device)
     token_bits = torch.empty(triton.cdiv(num_tokens, TILE), num_experts, dtype=torch.int64, device=x.device)
     with torch.cuda.device_of(x):
-        u = x if router_in is None else _project(x, router_in)
+        u = x if router_in is None else _project(x, router_in, router_in_scale)
         logits = _project(
             u,
             router_out,
+            router_out_scale,
             router_bias,
             token_bits,
             floor=router_floor,

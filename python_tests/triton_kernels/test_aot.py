@@ -24,6 +24,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
+    torch.uint8: "*u8",
 }
 
 
@@ -93,18 +94,23 @@ def assert_no_spills(arch, launches, tmp_path):
 
 
 def call_routed_ffn(
-    T, H, E, n, rank, *, gated=True, dtype=torch.bfloat16, biases=False, activation="silu", factored=False
+    T, H, E, n, rank, *, gated=True, dtype=torch.bfloat16, biases=False, activation="silu", factored=False, packed=False
 ):
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     D = E * n
     rows = 2 * E if factored and gated else E
-    router = (empty(rank, H), empty(rows, rank)) if rank else (None, empty(rows, H))
+    router = [empty(rank, H) if rank else None, empty(rows, rank or H)]
     tables = [empty(D, H) if gated else None, empty(D, H), empty(D, H)]
     given = {"up_bias": empty(D), "down_bias": empty(H)} if biases else {}
     if factored:
         given |= {"router_floor": empty(rows), "router_log_scale": empty(E, dtype=torch.float32)}
+    if packed:
+        router = [None if table is None else table[:, ::2].to(torch.uint8).contiguous() for table in router]
+        given["router_out_scale"] = empty(rows)
+        if rank:
+            given["router_in_scale"] = empty(rank, dtype=torch.float32)
     threshold = empty(T, dtype=torch.float32)
     bias = empty(rows) if biases else None
     routed_ffn.routed_ffn(empty(T, H), *router, bias, threshold, *tables, activation, **given)
@@ -141,11 +147,12 @@ FACTORED = {
 @pytest.mark.parametrize(
     ("arch", "name"), [(90, name) for name in FACTORED] + [(arch, "a tile of tokens") for arch in (80, 100)]
 )
-def test_factored_routers_spill_no_registers(launches, arch, name, tmp_path):
-    call_routed_ffn(**FACTORED[name], factored=True)
+@pytest.mark.parametrize("packed", [False, True])
+def test_factored_routers_spill_no_registers(launches, arch, name, packed, tmp_path):
+    call_routed_ffn(**FACTORED[name], factored=True, packed=packed)
     routers = [launch for launch in launches if launch[0].__name__ == "router_kernel"]
     assert [launch[2]["FACTORS"] for launch in routers][-1] == 1 + FACTORED[name].get("gated", True)
-    assert_no_spills(arch, routers[-1:], tmp_path)
+    assert_no_spills(arch, routers if packed else routers[-1:], tmp_path)
 
 
 @pytest.mark.parametrize("num_experts", [3, 1000, 65536])

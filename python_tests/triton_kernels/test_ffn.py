@@ -35,6 +35,7 @@ class Call:
         biases=True,
         bias_dtype=torch.float32,
         factored=False,
+        packed=(),  # names of the router's tables that are in 4 bits
         **limits,
     ):
         generator = torch.Generator().manual_seed(1000 * T + E)
@@ -53,6 +54,11 @@ class Call:
         if factored:
             floor = normal(rows, dtype=bias_dtype).abs() * 0.1
             self.factors = {"router_floor": floor, "router_log_scale": normal(E, dtype=bias_dtype)}
+        self.scales = {}
+        for name in packed:
+            table = getattr(self, name)
+            self.scales[f"{name}_scale"] = (table.float().abs().amax(1) / 7).to(bias_dtype)
+            setattr(self, name, reference.pack_rows(torch.randint(-8, 8, table.shape, generator=generator)))
         self.threshold = torch.rand(T, generator=generator).clamp_min(0.05)
         self.gate = normal(D, H, scale=scale) if gated else None
         self.up = normal(D, H, scale=scale)
@@ -72,7 +78,8 @@ class Call:
     @property
     def selection(self):
         router = (self.x, self.router_in, self.router_out, self.router_bias, *self.factors.values())
-        logits = reference.router_logits(*map(wide, router), activation=self.activation)
+        scales = {name: wide(scale) for name, scale in self.scales.items()}
+        logits = reference.router_logits(*map(wide, router), activation=self.activation, **scales)
         expert_ids, _, counts = reference.route(logits, self.threshold, **self.limits)
         return expert_ids, counts
 
@@ -85,7 +92,7 @@ class Call:
     @property
     def routed(self):
         router = (self.router_in, self.router_out, self.router_bias, self.threshold)
-        options = {**self.factors, **self.biases, **self.limits}
+        options = {**self.scales, **self.factors, **self.biases, **self.limits}
         return ("routed_ffn", (self.x, *router, *self.tables, self.activation), options)
 
     @property
@@ -142,6 +149,18 @@ def test_factored_routers(interpret):
     calls.append(Call(3, 257, 1, 20, 5, factored=True))
     calls.append(Call(3, factored=True))
     calls[-1].router_bias = None
+    assert_results(interpret, calls)
+
+
+def test_routers_in_4_bits(interpret):
+    both = ("router_in", "router_out")
+    calls = [Call(T, rank=6, packed=both) for T in (0, 65)]
+    for T in (1, 3, 5):
+        for packed, H, rank in (("router_in",), 20, 5), (("router_out",), 33, 6), (("router_out",), 70, 0):
+            calls.append(Call(T, H=H, rank=rank, packed=packed))
+        for dtype in DTYPES:
+            options = {"dtype": dtype, "bias_dtype": dtype, "factored": True, "gated": T != 5}
+            calls.append(Call(T, H=150, rank=34, packed=both, **options))
     assert_results(interpret, calls)
 
 
@@ -269,6 +288,10 @@ def factors(floor_shape, log_scale_shape):
     return {"router_floor": torch.ones(floor_shape), "router_log_scale": torch.zeros(log_scale_shape)}
 
 
+def in_4_bits(name, *shape, scale_shape):
+    return {name: torch.zeros(shape, dtype=torch.uint8), "scales": {f"{name}_scale": torch.ones(scale_shape)}}
+
+
 BAD = [
     ({"x": torch.zeros(2, 4)}, r"up of shape \[D, H\] = \[D, 4\], got \[15, 20\]"),
     ({"x": torch.zeros(2, 20).double()}, "x of dtype .* got float64"),
@@ -289,6 +312,22 @@ BAD = [
     (
         {"factors": factors(5, 5), "router_bias": torch.zeros(6), "gate": None, "biases": {}},
         r"router_bias of shape \[E\] = \[5\], got \[6\]",
+    ),
+    (
+        {"router_in": torch.zeros(4, 10, dtype=torch.uint8)},
+        "router_in of dtype float32 without router_in_scale, got uint8",
+    ),
+    ({"scales": {"router_out_scale": torch.ones(5)}}, "router_out of dtype uint8 with router_out_scale, got float32"),
+    (in_4_bits("router_in", 4, 20, scale_shape=4), r"router_in of shape \[r, H / 2\] = \[4, 10\], got \[4, 20\]"),
+    (in_4_bits("router_out", 5, 4, scale_shape=5), r"router_out of shape \[E, r / 2\] = \[5, 2\], got \[5, 4\]"),
+    (in_4_bits("router_out", 5, 2, scale_shape=4), r"router_out_scale of shape \[E\] = \[5\], got \[4\]"),
+    (
+        {**in_4_bits("router_out", 5, 1, scale_shape=5), "router_in": torch.zeros(3, 20)},
+        "an even r for router_out in 4 bits, got 3",
+    ),
+    (
+        {"router_in": None, "router_out": torch.zeros(5, 20), "scales": {"router_in_scale": torch.ones(4)}},
+        "router_in_scale to be None without router_in, got a tensor",
     ),
     ({"threshold": torch.ones(3)}, r"threshold of shape \[\] or \[T\] = \[2\], got \[3\]"),
     ({"threshold": torch.tensor(0.0)}, "threshold .* greater than 0 .* got 0"),

@@ -41,6 +41,9 @@ torch.library.opcheck(triton.routed_ffn.default, (x, *router, gate, up, down_t, 
 torch.library.opcheck(
     triton.routed_ffn.default, (x, *router, None, up, down_t, "silu"), {**factors, **limits}, **checks
 )
+packed = torch.zeros(4, 16, dtype=torch.uint8), *router[1:]
+scale = dict(router_in_scale=torch.ones(4))
+torch.library.opcheck(triton.routed_ffn.default, (x, *packed, gate, up, down_t, "silu"), scale, **checks)
 torch.library.opcheck(triton.select.default, (x, 0.5), limits, **checks)
 torch.library.opcheck(triton.route.tensor, (x, torch.tensor(0.5)), {}, **checks)
 """
