@@ -120,6 +120,7 @@ def build(
     if sparsity is not None:
         paths = [path_in_backbone(model, path) for path in install(model, sparsity)]
         describe(model, SparseDescription(sparsity, paths, [1.0] * len(paths)))
+        prunepath.for_training(model)  # whose routers' tables are numbers, as are drawn here
     model.to_empty(device=device)
     model.tie_weights()
     with torch.device(device):  # its buffers are in no checkpoint, and empty now
@@ -134,6 +135,8 @@ def build(
                 parameter.normal_(0, WEIGHT_STD, generator=generator)
             else:
                 parameter.fill_(float(name.endswith("norm.weight")))
+    for ffn in prunepath.sparse_ffns(model).values():
+        ffn.router.fit_scales()
     if sparsity is not None:
         prunepath.for_inference(model)
     model.generation_config.eos_token_id = None

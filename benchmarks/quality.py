@@ -5,18 +5,23 @@
     python benchmarks/quality.py --model DIR --data DATA --out DIR --small             # 10 minutes on two cores
 
 Every finished cell, one method with one seed before or after training, is a JSON file under --out, and is not computed
-again. docs/quality.md says what is measured; the report writes `quality.csv`, `quality.json`, `quality.md` and a plot.
+again. Several processes with one --out share the work, each with its GPU by CUDA_VISIBLE_DEVICES: a small model alone
+keeps no large GPU busy. docs/quality.md says what is measured; the report writes `quality.csv`, `quality.json`,
+`quality.md` and a plot.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import fcntl
 import json
 import platform
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +49,8 @@ SETTINGS = (
     *("head_examples", "install_tokens", "calibration_tokens"),
 )
 """What all cells of a folder share."""
+UNKEPT = ("predictions", "log_likelihoods", "sizes")
+"""What tasks find for each example, but for its score."""
 SMALL = {"tokens": 0, "limit": 4, "tasks": ["wikitext", "gsm8k", "piqa"], "budgets": [0.5, 0.25], "seeds": [0]}
 SMALL_METHODS = ["dense", "static-wanda", "cats", "prunepath", "oracle-topmass"]
 
@@ -63,6 +70,7 @@ class Run:
         load = transformers.AutoModelForCausalLM.from_pretrained
         self.dense = load(args.model, dtype=torch.float32).to(args.device).eval()
         cuda = args.device.startswith("cuda")
+        torch.set_float32_matmul_precision("high" if cuda else "highest")  # of routers and heads; the rest is bfloat16
         self.teacher = copy.deepcopy(self.dense).to(torch.bfloat16) if cuda else self.dense
         self.tasks = {name: TASKS[name](args.data, self.tokenizer, limit=args.limit) for name in args.tasks}
         # A shorter list of tasks changes what is measured, not what is trained on.
@@ -103,25 +111,32 @@ class Run:
             if self._is_late():
                 self.say(f"no time for {name} seed {seed}")
                 return
-            began = time.monotonic()
-            partitions = self.args.out / "partitions" / str(seed)
-            settings = Settings(
-                self.args.expert_width, self.args.router_rank, tuple(self.args.budgets), seed, partitions
-            )
-            method = method_type(copy.deepcopy(self.dense), settings, budget)
-            method.install(self.plain(self.training, self.args.install_tokens, seed))
-            heads = copy.deepcopy(self.heads)
-            self.say(f"{name} seed {seed}{'' if budget is None else f' at {budget:g}'}: installed")
-            for trained in wanted:
-                cell = {"method": name, "seed": seed, "trained": trained, "one_checkpoint": method_type.one_checkpoint}
-                cell["tokens"] = self.args.tokens if trained else 0
-                if trained:
-                    cell |= self._train(method, heads, seed)
-                method.calibrate(self.plain(self.validation, self.args.calibration_tokens, seed))
-                at = evaluated if name == "dense" or budget is not None else (1.0, *evaluated)
-                cell["results"] = [self._evaluate(method, heads, b) for b in at]
-                cell["seconds"] = time.monotonic() - began
-                write_json(paths[trained], cell)
+            with _claiming(paths[wanted[0]]) as is_ours:
+                if is_ours:
+                    self._run_cells(name, seed, budget, evaluated, {trained: paths[trained] for trained in wanted})
+
+    def _run_cells(
+        self, name: str, seed: int, budget: float | None, evaluated: tuple[float, ...], paths: dict[bool, Path]
+    ) -> None:
+        """The cells of one checkpoint, by whether it is trained: installs it, and writes them."""
+        method_type = METHODS[name]
+        began = time.monotonic()
+        partitions = self.args.out / "partitions" / str(seed)
+        settings = Settings(self.args.expert_width, self.args.router_rank, tuple(self.args.budgets), seed, partitions)
+        method = method_type(copy.deepcopy(self.dense), settings, budget)
+        method.install(self.plain(self.training, self.args.install_tokens, seed))
+        heads = copy.deepcopy(self.heads)
+        self.say(f"{name} seed {seed}{'' if budget is None else f' at {budget:g}'}: installed")
+        for trained, path in paths.items():
+            cell = {"method": name, "seed": seed, "trained": trained, "one_checkpoint": method_type.one_checkpoint}
+            cell["tokens"] = self.args.tokens if trained else 0
+            if trained:
+                cell |= self._train(method, heads, seed)
+            method.calibrate(self.plain(self.validation, self.args.calibration_tokens, seed))
+            at = evaluated if name == "dense" or budget is not None else (1.0, *evaluated)
+            cell["results"] = [self._evaluate(method, heads, b) for b in at]
+            cell["seconds"] = time.monotonic() - began
+            write_json(path, cell)
 
     def _stages(self, name: str) -> list[bool]:
         bound = name.startswith("oracle")
@@ -149,11 +164,26 @@ class Run:
         found = {}
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
             for name, task in self.tasks.items():
-                found[name] = task.evaluate(method.model, heads)
+                result = task.evaluate(method.model, heads)
+                found[name] = {key: value for key, value in result.items() if key not in UNKEPT}
+                found[name]["scores"] = [float(f"{score:.4g}") for score in result["scores"]]
         active, read = method.active_fraction(), method.bytes_read()
         values = ", ".join(f"{name} {result['value']:.4f}" for name, result in found.items())
         self.say(f"  budget {budget:g}: active {active:.3f}, bytes {read:.3f}, {values}")
         return {"budget": budget, "active": active, "bytes": read, "per_layer": method.per_layer(), "tasks": found}
+
+
+@contextlib.contextmanager
+def _claiming(cell: Path) -> Iterator[bool]:
+    """Keeps other processes from computing a cell while the `with` block does; False if one of them does already."""
+    with cell.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield not cell.exists()
+    cell.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def check_settings(args: argparse.Namespace) -> None:

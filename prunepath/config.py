@@ -16,6 +16,7 @@ Backend = Literal["auto", "triton", "cuda", "cpu", "reference"]
 PARTITIONS = get_args(Partition)
 AUTOCASTS = get_args(Autocast)
 ROUTER_FORMS = get_args(RouterForm)
+ROUTER_BITS = (4, 16)
 BACKBONES = get_args(Backbone)
 
 
@@ -30,6 +31,8 @@ class PrunePathConfig:
         router_rank: rank r of the routers; 0 is full rank. By default it suits the model's hidden size.
         router_form: how routers tell what an expert will contribute (`prunepath.nn.Router`): `factored`, the default
             for experts of one neuron, estimates its activation; `linear`, the default for wider ones, its logit.
+        router_bits: of the routers' tables: 4, rounded while they train, or 16, the model's own dtype. By default 4
+            for factored routers of even sizes, since two numbers share a byte, and 16 for others.
         partition: how neurons are grouped where an expert has several: `coactivation`, `weights`, `contiguous` or
             `random`. With one neuron an expert they keep their order.
         min_experts: experts that always run, per token.
@@ -48,6 +51,7 @@ class PrunePathConfig:
     num_experts: int | None = None
     router_rank: int | None = None
     router_form: RouterForm | None = None
+    router_bits: int | None = None
     partition: Partition = "coactivation"
     min_experts: int = 1
     max_experts: int = 0
@@ -63,6 +67,8 @@ class PrunePathConfig:
         _check_choice("partition", self.partition, PARTITIONS)
         if self.router_form is not None:
             _check_choice("router_form", self.router_form, ROUTER_FORMS)
+        if self.router_bits is not None:
+            _check_choice("router_bits", self.router_bits, ROUTER_BITS)
         _check_choice("autocast", self.autocast, AUTOCASTS)
         least = dict.fromkeys([f.name for f in dataclasses.fields(self) if f.name.endswith("_tokens")], 1)
         least |= {"expert_width": 1, "num_experts": 1, "router_rank": 0, "min_experts": 1, "max_experts": 0}
@@ -109,11 +115,11 @@ class PrunePathConfig:
             )
         return experts
 
-    def form_of(self, intermediate_size: int) -> RouterForm:
-        """The form of the router of an FFN of this width.
+    def router_of(self, hidden_size: int, intermediate_size: int) -> dict[str, Any]:
+        """`router_form`, `router_rank` and `router_bits` of an FFN of these widths; a rank of 0 is full rank.
 
         Raises:
-            PrunePathError: for a factored router of experts of several neurons.
+            PrunePathError: for a factored router of experts of several neurons, or 4 bits where they cannot be.
         """
         is_fine = self.experts_of(intermediate_size) == intermediate_size
         if self.router_form == "factored" and not is_fine:
@@ -121,13 +127,16 @@ class PrunePathConfig:
                 "Expected experts of one neuron with router_form 'factored', got wider ones: give expert_width=1 or "
                 "router_form='linear'."
             )
-        return self.router_form or ("factored" if is_fine else "linear")
-
-    def rank_of(self, hidden_size: int) -> int:
-        """r of the router of an FFN with this hidden size; 0 is full rank."""
-        if self.router_rank is not None:
-            return 0 if self.router_rank >= hidden_size else self.router_rank
-        return default_router_rank(hidden_size)
+        form = self.router_form or ("factored" if is_fine else "linear")
+        rank = default_router_rank(hidden_size, form) if self.router_rank is None else self.router_rank
+        rank = 0 if rank >= hidden_size else rank
+        fits = form == "factored" and hidden_size % 2 == 0 and rank % 2 == 0
+        if self.router_bits == 4 and not fits:
+            raise PrunePathError(
+                "Expected a factored router, and an even hidden size and router_rank, with router_bits 4, got a "
+                f"{form} one, {hidden_size} and {rank}."
+            )
+        return {"router_form": form, "router_rank": rank, "router_bits": self.router_bits or (4 if fits else 16)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,9 +181,13 @@ class FineTuning:
             raise PrunePathError(f"distillation_weight must be a finite number of at least 0, got {weight!r}.")
 
 
-def default_router_rank(hidden_size: int) -> int:
-    """A ninth of the hidden size or so, in whole multiples of 32; full rank (0) for very small models."""
-    rank = max(32, round(hidden_size / 9 / 32) * 32)
+def default_router_rank(hidden_size: int, form: RouterForm) -> int:
+    """Four ninths of the hidden size or so, a ninth for linear routers, in whole multiples of 32.
+
+    It is full rank (0) for very small models.
+    """
+    share = 4 / 9 if form == "factored" else 1 / 9
+    rank = max(32, round(share * hidden_size / 32) * 32)
     return 0 if 2 * rank > hidden_size else rank
 
 
@@ -191,9 +204,9 @@ def nearest_divisors(size: int, wanted: int) -> tuple[int, int]:
     return below, above
 
 
-def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, known: tuple) -> None:
     if value not in known:
-        raise PrunePathError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+        raise PrunePathError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}.")
 
 
 def _check_whole(name: str, value: Any, minimum: int) -> None:

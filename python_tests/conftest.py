@@ -119,8 +119,10 @@ def make_sparse():
         config = PrunePathConfig(**config)
         ffns = install(model, config)
         for ffn in ffns.values():
+            ffn.router.unpack()
             for parameter in ffn.router.parameters():
                 torch.nn.init.normal_(parameter)
+            ffn.router.fit_scales()
         describe(model, SparseDescription(config, [path_in_backbone(model, p) for p in ffns], [1.0] * len(ffns)))
         return for_inference(model)
 

@@ -15,7 +15,7 @@ from baselines.experts import ExpertMethod, TopK
 from prunepath.config import PrunePathConfig, RouterForm
 from prunepath.nn import SparseFFN
 from prunepath.nn.experts import router_target
-from prunepath.train.any_budget import AnyBudget, router_parameters
+from prunepath.train.any_budget import AnyBudget
 from prunepath.train.router import RouterTraining, contributions
 
 
@@ -35,7 +35,7 @@ class _SoftmaxRouted(ExpertMethod):
             ffn.router.requires_grad_(True)
 
     def router_weights(self, ffn: SparseFFN) -> float:
-        return sum(p.numel() for p in router_parameters(ffn))
+        return ffn.router.bytes_read(2) / 2
 
     def token_losses(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -88,7 +88,7 @@ class PrunePath(Method):
         prunepath.calibrate(self.model, None, batches)
 
     def bytes_read(self) -> float:
-        return self.counts.read_fraction
+        return self.counts.read_fraction_at(2)  # as stored in bfloat16; here they may be float32
 
     def set_budget(self, budget: float) -> None:
         prunepath.set_budget(self.model, budget)

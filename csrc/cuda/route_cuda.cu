@@ -14,8 +14,12 @@ namespace prunepath {
 namespace {
 
 // Rows of up to kSmallRow experts take blocks of kSmallBlock threads, longer ones of kLargeBlock.
+// With as many tokens as training has, `select` keeps the GPU busy without large blocks, whose
+// threads wait for each other.
 constexpr int kSmallRow = 512;
 constexpr int kSmallBlock = 128;
+constexpr int kManyTokens = 1024;
+constexpr int kManyBlock = 256;
 constexpr int kLargeBlock = 1024;
 // Up to this many active experts are sorted in shared memory, more in global memory.
 template <int kThreads>
@@ -134,6 +138,8 @@ void launch_element(const Target& target, const RouteArgs& args) {
   const auto blocks = static_cast<unsigned>(std::min(args.num_tokens, most));
   if (args.num_experts <= kSmallRow) {
     launch(target, route_kernel<Element, kSmallBlock>, dim3(blocks), kSmallBlock, args);
+  } else if (args.mask != nullptr && args.num_tokens >= kManyTokens) {
+    launch(target, route_kernel<Element, kManyBlock>, dim3(blocks), kManyBlock, args);
   } else {
     launch(target, route_kernel<Element, kLargeBlock>, dim3(blocks), kLargeBlock, args);
   }

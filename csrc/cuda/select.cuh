@@ -73,7 +73,7 @@ __device__ Cutoff find_cutoff(LogitRow<Element>& row, float threshold, int32_t m
                               int32_t max_experts, uint64_t* scratch) {
   constexpr int kWarps = kThreads / kWarp;
   constexpr int kBins = kNumBins<kThreads>;
-  constexpr int kBinBits = kThreads == 1024 ? 11 : 8;
+  constexpr int kBinBits = kThreads == 1024 ? 11 : kThreads == 256 ? 9 : 8;
   static_assert(1 << kBinBits == kBins);
   __shared__ uint32_t warp_least[kWarps], warp_greatest[kWarps];
   __shared__ uint64_t warp_sums[kWarps];

@@ -25,7 +25,8 @@ class SparseDescription:
     """The contents of `quantization_config`.
 
     Attributes:
-        config: how the model was converted; its expert width or number, router rank and router form are in force.
+        config: how the model was converted; expert width or number, and the router's rank, form and bits, are those in
+            force.
         ffns: dotted paths of the FFNs in the model without its head, in the order of its modules.
         thresholds: the current threshold of each FFN.
         budgets: calibrated table, budget -> threshold of each FFN; empty for a model that was not calibrated.
@@ -147,8 +148,7 @@ def install(model: nn.Module, config: PrunePathConfig) -> dict[str, SparseFFN]:
     return {
         site.path: site.install(
             config.experts_of(site.intermediate_size),
-            router_rank=config.rank_of(site.hidden_size),
-            router_form=config.form_of(site.intermediate_size),
+            **config.router_of(site.hidden_size, site.intermediate_size),
             min_experts=config.min_experts,
             max_experts=config.max_experts,
         )

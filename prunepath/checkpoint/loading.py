@@ -189,7 +189,7 @@ def _check_files(folder: Path) -> None:
 def check_routers(model: nn.Module) -> None:
     """Raises CheckpointError if a router that is in memory holds a value that is not finite."""
     for path, ffn in sparse_ffns(model).items():
-        for name, tensor in ffn.router.named_parameters():
+        for name, tensor in ffn.router.tensors().items():
             if not tensor.is_meta and not math.isfinite(tensor.detach().float().sum().item()):
                 raise CheckpointError(
                     f"Expected finite numbers in {path}.router.{name}, but it has NaN or infinite ones."

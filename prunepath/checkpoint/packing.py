@@ -108,15 +108,24 @@ def is_packed(file: TensorFile) -> bool:
 def check_routers_in(where: Mapping[str, TensorFile], ffns: Mapping[str, SparseFFN]) -> None:
     """Raises CheckpointError unless the files hold each FFN's router, in its shape, with or without the head's prefix.
 
+    A router whose tables were saved while they trained gets such tables.
+
     Args:
         where: tensor name -> file.
         ffns: by path.
     """
     for path, ffn in ffns.items():
-        for name, parameter in ffn.router.named_parameters():
+
+        def stored_name(name: str, path: str = path) -> str:
             full = f"{path}.router.{name}"
-            found = next((stored for stored in where if f".{stored}".endswith(f".{full}")), full)
-            _file_of(where, found).require(found, parameter.shape)
+            return next((stored for stored in where if f".{stored}".endswith(f".{full}")), full)
+
+        table = stored_name("w_out")
+        if _file_of(where, table).entries[table].dtype != "U8":
+            ffn.router.unpack()
+        for name, tensor in ffn.router.tensors().items():
+            found = stored_name(name)
+            _file_of(where, found).require(found, tensor.shape, packed=not tensor.is_floating_point())
 
 
 def _file_of(where: Mapping[str, TensorFile], name: str) -> TensorFile:

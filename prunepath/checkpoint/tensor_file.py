@@ -22,7 +22,7 @@ PAGE_BYTES = 4096
 PADDING = "padding."
 """How the names of the tensors begin that fill a page: a safetensors file may have no holes."""
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -88,7 +88,7 @@ class TensorFile:
             raise CheckpointError(f"Expected {self.path} to hold {name}, but it does not.")
         if entry.dtype not in _DTYPES:
             raise CheckpointError(
-                f"Expected {name} in {self.path} to be float32, bfloat16 or float16, got {entry.dtype}."
+                f"Expected {name} in {self.path} to be float32, bfloat16, float16 or uint8, got {entry.dtype}."
             )
         count = math.prod(entry.shape)
         if count == 0:
@@ -101,9 +101,15 @@ class TensorFile:
         entry = self.entries[name]
         return memoryview(self._map)[entry.begin : entry.end]
 
-    def require(self, name: str, shape: Sequence[int]) -> None:
-        """Raises CheckpointError unless the file holds a tensor of this name and shape that kernels compute with."""
-        found = list(self.tensor(name).shape)
+    def require(self, name: str, shape: Sequence[int], *, packed: bool = False) -> None:
+        """Raises CheckpointError unless the file holds a tensor of this name and shape that kernels compute with.
+
+        It is of bytes if it is `packed`, else of floating-point numbers.
+        """
+        found, dtype = list(self.tensor(name).shape), self.entries[name].dtype
+        if (dtype == "U8") != packed:
+            expected = "uint8" if packed else "float32, bfloat16 or float16"
+            raise CheckpointError(f"Expected {name} in {self.path} to be {expected}, got {dtype}.")
         if found != list(shape):
             raise CheckpointError(f"Expected {name} of shape {list(shape)} in {self.path}, got {found}.")
 

@@ -74,7 +74,9 @@ def describe_checkpoint(path: str | Path) -> dict:
                 for name in tensors.keys():
                     if name.startswith("padding."):
                         continue
-                    size = math.prod(tensors.get_slice(name).get_shape())
+                    stored = tensors.get_slice(name)
+                    # Of packed tables a byte holds two.
+                    size = math.prod(stored.get_shape()) * (2 if stored.get_dtype() == "U8" else 1)
                     weights += size
                     routers += size if ".router." in name else 0
         except SafetensorError as error:

@@ -195,13 +195,12 @@ def backbone_owner(model: nn.Module) -> nn.Module:
 
 
 def config_in_force(config: PrunePathConfig, sites: Sequence[FFNSite]) -> PrunePathConfig:
-    """The configuration with the expert width, the routers' rank and their form that it leaves to defaults."""
-    ranks = {config.rank_of(site.hidden_size) for site in sites}
-    rank = ranks.pop() if len(ranks) == 1 else config.router_rank
+    """The configuration with the expert width and the routers' rank, form and bits that it leaves to defaults."""
     width = config.expert_width if config.num_experts is not None else config.expert_width or 1
-    forms = {config.form_of(site.intermediate_size) for site in sites}
-    form = forms.pop() if len(forms) == 1 else config.router_form
-    return dataclasses.replace(config, expert_width=width, router_rank=rank, router_form=form)
+    routers = [config.router_of(site.hidden_size, site.intermediate_size) for site in sites]
+    # What FFNs of several sizes do not share stays to be found from each one's.
+    shared = {name: value for name, value in routers[0].items() if all(r[name] == value for r in routers)}
+    return dataclasses.replace(config, expert_width=width, **shared)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -183,20 +183,24 @@ class _Stream:
     def _load(self, index: int, converted: TensorFile | None) -> None:
         """Gives a layer weights: of the dense checkpoint with empty routers, or those that were written before."""
         layer, ffn = self.layers[index], list(self.ffns.values())[index]
-        added = {id(parameter) for parameter in ffn.router.parameters()}
+        added = {id(tensor) for tensor in ffn.router.tensors().values()}
         read = {id(p) for name in ffn.layout.projections for p in ffn.projection(name).parameters()}
-        for name, parameter in list(layer.named_parameters()):
+        for name, place in layer.state_dict(keep_vars=True).items():
             full = f"{self.prefix}.{index}.{name}"
             owner, _, leaf = name.rpartition(".")
             if converted is not None:
                 tensor = converted.tensor(full).clone()
-            elif id(parameter) in added:
-                tensor = torch.zeros(parameter.shape, dtype=self.dtype)
+            elif id(place) in added:
+                tensor = torch.zeros(place.shape, dtype=self.dtype if place.is_floating_point() else place.dtype)
             else:
-                tensor = self._tensor(full, parameter.shape).clone()
-                if id(parameter) in read:
+                tensor = self._tensor(full, place.shape).clone()
+                if id(place) in read:
                     check_finite(full, tensor)
-            layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            module = layer.get_submodule(owner)
+            if leaf in module._buffers:
+                module._buffers[leaf] = tensor
+            else:
+                module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         ffn.threshold = 1.0
 
     def _release(self, index: int) -> None:

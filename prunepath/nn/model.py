@@ -36,8 +36,9 @@ def require_sparse_ffns(model: nn.Module) -> dict[str, SparseFFN]:
 def for_inference(model: nn.Module) -> nn.Module:
     """Lays the weights of a sparse model's FFNs out as the kernels read them: each neuron's in one place.
 
-    Down projections [H, D] are stored column by column; their values, shapes and names stay. Conversion, loading and
-    the end of training call this. Weights that have been replaced since then need it once more.
+    Down projections [H, D] are stored column by column; their values, shapes and names stay. The tables of routers of 4
+    bits are packed (`prunepath.nn.Router`). Conversion, loading and the end of training call this. Weights that have
+    been replaced since then need it once more.
 
     Returns:
         `model`.
@@ -50,7 +51,8 @@ def for_inference(model: nn.Module) -> nn.Module:
 def for_training(model: nn.Module) -> nn.Module:
     """Lays the weights of a sparse model's FFNs out row by row, as a dense model's are.
 
-    FSDP, DeepSpeed and optimisers that flatten parameters need it; others train in either layout.
+    FSDP, DeepSpeed and optimisers that flatten parameters need it; others train in either layout. The packed tables of
+    routers become parameters: an optimiser that is made before training starts needs it too.
 
     Returns:
         `model`.

@@ -56,13 +56,17 @@ class CountRecord:
 
     @property
     def read_fraction(self) -> float:
-        """Weights read for a token, the routers' included, as a share of those that the dense FFNs read.
+        """Bytes of weights read for a token, the routers' included, as a share of those that the dense FFNs read.
 
-        It is the share of bytes too, since all have one dtype. Biases are left out.
+        Biases of the FFNs are left out.
         """
+        return self.read_fraction_at(self._ffns[0].router.bias.element_size())
+
+    def read_fraction_at(self, number: int) -> float:
+        """`read_fraction` of a model whose weights are numbers of so many bytes, but for what is packed."""
         dense = [ffn.hidden_size * ffn.intermediate_size * (2 if ffn.layout.gate is None else 3) for ffn in self._ffns]
-        routers = sum(parameter.numel() for ffn in self._ffns for parameter in ffn.router.parameters())
-        return (sum(d * f for d, f in zip(dense, self.per_layer, strict=True)) + routers) / sum(dense)
+        routers = sum(ffn.router.bytes_read(number) for ffn in self._ffns)
+        return (sum(d * f for d, f in zip(dense, self.per_layer, strict=True)) + routers / number) / sum(dense)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ class SparseFFN(nn.Module):
         num_experts: E; divides the intermediate size D.
         router_rank: r of the router; 0 is full rank.
         router_form: of the router; `factored` needs experts of one neuron.
+        router_bits: of the router's tables, 4 or 16; 4 needs an even H and r.
         min_experts, max_experts: bounds on a token's experts; `max_experts` 0 means all.
         adopt: register the layout's parts here, under their names, because this module replaces `dense`; False leaves
             them with `dense`.
@@ -63,6 +64,7 @@ class SparseFFN(nn.Module):
         *,
         router_rank: int = 0,
         router_form: RouterForm = "linear",
+        router_bits: int = 16,
         min_experts: int = 1,
         max_experts: int = 0,
         adopt: bool = True,
@@ -92,6 +94,7 @@ class SparseFFN(nn.Module):
             num_experts,
             router_rank,
             factors=factors,
+            bits=router_bits,
             activation=layout.activation,
             device=weight.device,
             dtype=weight.dtype,
@@ -161,6 +164,8 @@ class SparseFFN(nn.Module):
             up,
             down_t,
             self.layout.activation,
+            router_in_scale=router.w_in_scale,
+            router_out_scale=router.w_out_scale,
             router_floor=router.floor,
             router_log_scale=router.log_scale,
             gate_bias=biases[0] if gate else None,
@@ -256,12 +261,12 @@ class SparseFFN(nn.Module):
         if not self.is_plain():
             return False
         tables = self.tables()
-        like = self.router.w_out
+        like = self.router.bias
         if like.is_meta or like.dtype == torch.float64:
             return False
         if any(table.dtype != like.dtype or table.device != like.device for table in tables):
             return False
-        if all(table.stride(1) == 1 for table in tables):
+        if self.router.is_ready and all(table.stride(1) == 1 for table in tables):
             return True
         if not torch.compiler.is_compiling():
             warnings.warn(
@@ -276,12 +281,17 @@ class SparseFFN(nn.Module):
         return (name == self.layout.down) != self.layout.transposed
 
     def lay_out_for_inference(self) -> None:
-        """Stores every neuron's weights contiguously: the down projection [H, D] column by column."""
+        """Stores every neuron's weights contiguously: the down projection [H, D] column by column. Packs the router."""
+        self.router.pack()
         for name in self.layout.projections:
             lay_out(self.projection(name), column_major=self.is_column_major(name))
 
     def lay_out_for_training(self) -> None:
-        """Stores every parameter row by row, as optimisers that flatten them and sharded training need it."""
+        """Stores every parameter row by row, as optimisers that flatten them and sharded training need it.
+
+        The router's packed tables become parameters.
+        """
+        self.router.unpack()
         for name in self.layout.projections:
             lay_out(self.projection(name), column_major=False)
 

@@ -64,8 +64,8 @@ class AnyBudget:
                 loss = model(**batch).loss + any_budget.router_loss()
                 ...
 
-    While it is attached, the routers require gradients. In evaluation mode the model runs at its thresholds, as without
-    this object, or at a budget: `evaluating_at`.
+    While it is attached, the routers require gradients, and their tables are not packed. In evaluation mode the model
+    runs at its thresholds, as without this object, or at a budget: `evaluating_at`.
 
     Args:
         model: a sparse model.
@@ -92,9 +92,13 @@ class AnyBudget:
         if self._attached is None:
             self._attached = contextlib.ExitStack()
             self._attached.enter_context(self._choosing(self._choose))
-            for parameter in (p for ffn in self._ffns for p in router_parameters(ffn)):
-                self._attached.callback(parameter.requires_grad_, parameter.requires_grad)
-                parameter.requires_grad_(True)
+            for ffn in self._ffns:
+                if ffn.router.is_packed:
+                    self._attached.callback(ffn.router.pack)
+                    ffn.router.unpack()
+                for parameter in router_parameters(ffn):
+                    self._attached.callback(parameter.requires_grad_, parameter.requires_grad)
+                    parameter.requires_grad_(True)
 
     def detach(self) -> None:
         """Leaves the model as it was before `attach`."""

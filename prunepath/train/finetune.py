@@ -194,6 +194,7 @@ def _train(
     from prunepath.train.trainer import AnyBudgetTrainer
 
     device = next(model.parameters()).device.type
+    has_bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     trainer = AnyBudgetTrainer(
         model,
         TrainingArguments(
@@ -205,7 +206,8 @@ def _train(
             warmup_steps=max(1, config.steps // 20),
             weight_decay=0.1,
             adam_beta2=0.95,
-            bf16=device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
+            bf16=has_bfloat16,
+            tf32=has_bfloat16 or None,  # of the routers, which compute in float32
             use_cpu=device == "cpu",
             ddp_backend="gloo" if device == "cpu" and _num_processes() > 1 else None,
             save_steps=config.save_steps,

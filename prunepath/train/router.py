@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from prunepath.errors import PrunePathError
 from prunepath.nn import SparseFFN
 from prunepath.nn.experts import expert_contributions, router_target
+from prunepath.nn.router import TABLES, row_scales
 
 RECALL_FRACTION = 0.25
 _MINIBATCH = 128
@@ -98,7 +99,7 @@ class RouterTraining:
     def _begin(self, x: torch.Tensor) -> None:
         if self.ffn.router.factors:
             self.mean, self.std = torch.zeros_like(x[0]), torch.ones_like(x[0])
-            weights = factored_weights(self.ffn, x)
+            weights = factored_weights(self.ffn, x, self.seed)
             rates = {name: 0.1 * self.learning_rate * weight.square().mean().sqrt() for name, weight in weights.items()}
             rates["log_scale"] = 0.1 * self.learning_rate
             # A bias moves by as much as what it is added to.
@@ -114,13 +115,13 @@ class RouterTraining:
         self._train(weights, {name: float(rates[name]) for name in weights})
 
     def _random_weights(self, device: torch.device) -> dict[str, torch.Tensor]:
-        router, weights = self.ffn.router, {}
+        ffn, router, weights = self.ffn, self.ffn.router, {}
         if router.rank:
             generator = torch.Generator().manual_seed(self.seed)
-            w_in = torch.randn(router.rank, self.ffn.hidden_size, generator=generator, dtype=torch.float32)
-            weights["w_in"] = (w_in / math.sqrt(self.ffn.hidden_size)).to(device)
-        for name in ("w_out", "bias"):
-            weights[name] = torch.zeros(getattr(router, name).shape, dtype=torch.float32, device=device)
+            w_in = torch.randn(router.rank, ffn.hidden_size, generator=generator, dtype=torch.float32)
+            weights["w_in"] = (w_in / math.sqrt(ffn.hidden_size)).to(device)
+        for name, shape in (("w_out", (ffn.num_experts, router.rank or ffn.hidden_size)), ("bias", (ffn.num_experts,))):
+            weights[name] = torch.zeros(shape, dtype=torch.float32, device=device)
         return weights
 
     def _train(self, weights: dict[str, torch.Tensor], rates: dict[str, float]) -> None:
@@ -164,19 +165,26 @@ class RouterTraining:
         weights[first] /= self.std
         shift = weights[first] @ self.mean
         weights["bias"] -= shift if first == "w_out" else weights["w_out"] @ shift
+        router = self.ffn.router
+        router.unpack()
         for name, weight in weights.items():
-            getattr(self.ffn.router, name).copy_(weight)
+            getattr(router, name).copy_(weight)
+        router.pack()
 
 
-def factored_weights(ffn: SparseFFN, x: torch.Tensor) -> dict[str, torch.Tensor]:
+def factored_weights(ffn: SparseFFN, x: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
     """A factored router that estimates the FFN's own pre-activations: its parameters by name, float32.
 
     W_out·W_in is the matrix of its rank that is nearest to the input projections W, in the mean square of what it is
     applied to: deviations of x from their mean, of covariance C = R·Rᵀ. That is the truncated singular value
     decomposition of W·R, times R⁻¹. What it misses is the floor.
 
+    Any rotation between the two factors makes the same matrix. Tables of 4 bits get a random one: rows of the
+    decomposition have a few large numbers, and rotated ones look normal, which a grid rounds best.
+
     Args:
         x: inputs float32 [T, H].
+        seed: of the rotation.
 
     Raises:
         PrunePathError: for inputs that are not finite.
@@ -199,6 +207,10 @@ def factored_weights(ffn: SparseFFN, x: torch.Tensor) -> dict[str, torch.Tensor]
     weights, bias = {}, wanted @ mean
     if router.rank:
         leading = torch.linalg.eigh(spread.t() @ spread).eigenvectors[:, -router.rank :]
+        if router.bits == 4:
+            generator = torch.Generator().manual_seed(seed)
+            normal = torch.randn(router.rank, router.rank, generator=generator, dtype=torch.float32)
+            leading = leading @ torch.linalg.qr(normal).Q.to(x.device)
         w_in, w_out = (vectors / root @ leading).t(), spread @ leading
         # Factors of one size suit half precision, and one learning rate.
         balance = (w_out.square().mean() / w_in.square().mean()).sqrt().sqrt()
@@ -213,4 +225,7 @@ def factored_weights(ffn: SparseFFN, x: torch.Tensor) -> dict[str, torch.Tensor]
     floor = missed.clamp(min=_LEAST_MISS * total.mean()).sqrt()
     floor[: router.num_experts] *= 0.5  # an activation halves errors around zero
     log_scale = down_t.float().norm(dim=1).clamp(min=1e-12).log()
-    return {**weights, "w_out": w_out, "bias": bias, "floor": floor, "log_scale": log_scale}
+    weights |= {"w_out": w_out, "bias": bias, "floor": floor, "log_scale": log_scale}
+    if router.bits == 4:
+        weights |= {f"{name}_scale": row_scales(weights[name]) for name in TABLES if name in weights}
+    return weights

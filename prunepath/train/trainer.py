@@ -86,6 +86,7 @@ class AnyBudgetTrainer(Trainer):
         super().__init__(model, args, **keywords)
         # The loss is then a mean over each micro-batch, as the two other terms are.
         self.model_accepts_loss_kwargs = False
+        self._makes_optimizer = self.optimizer is None
         self.any_budget = AnyBudget(model, any_budget, seed=self.args.seed)
         self.add_callback(_ContinueBudgets(self.any_budget))
         self.evaluation_budgets = [check_fraction("budget", budget) for budget in evaluation_budgets]
@@ -100,7 +101,13 @@ class AnyBudgetTrainer(Trainer):
             self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
 
     def create_optimizer(self, *arguments: Any, **keywords: Any) -> torch.optim.Optimizer:
-        if self.optimizer is None:
+        if self.optimizer is not None:
+            held = {p for group in self.optimizer.param_groups for p in group["params"]}
+            if any(p.requires_grad and p not in held for name, p in self.model.named_parameters() if is_router(name)):
+                raise PrunePathError(
+                    "Expected an optimizer of all routers' parameters: make it after prunepath.for_training(model)."
+                )
+        else:
             super().create_optimizer(*arguments, **keywords)
             routers = {p for name, p in self.model.named_parameters() if is_router(name)}
             rate = self.router_learning_rate or ROUTER_RATE * self.args.learning_rate
@@ -120,6 +127,8 @@ class AnyBudgetTrainer(Trainer):
         finally:
             if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # whose weights are parts of other tensors
                 for_inference(self.model)
+                if self._makes_optimizer:
+                    self.optimizer = None  # another training has other parameters: the routers' are packed now
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **keywords: Any):
         if not model.training:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import prunepath
+from prunepath.checkpoint.packing import pack
 
 
 @pytest.fixture(params=["llama", "llama_mlp_bias", "qwen3", "opt"])
@@ -102,6 +103,21 @@ def test_a_loaded_model_trains_as_a_dense_one(folder, ids, tmp_path):
     assert prunepath.is_sparse(again)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
+@torch.no_grad()
+def test_a_checkpoint_that_was_saved_while_routers_trained_is_the_same_model(folder, ids, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prunepath.set_threshold(model, 0.5)
+    expected = model(ids).logits
+    prunepath.for_training(model).save_pretrained(tmp_path / "training")
+    router = "model.layers.0.mlp.router.w_out"
+    assert load_file(tmp_path / "training" / "model.safetensors")[router].dtype == torch.float32
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "training")
+    assert all(ffn.router.is_packed for ffn in prunepath.sparse_ffns(again).values())
+    assert torch.equal(again(ids).logits, expected)
+    pack(tmp_path / "training", tmp_path / "packed")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "packed")(ids).logits, expected)
 
 
 @torch.no_grad()
@@ -222,16 +238,16 @@ def test_a_config_that_is_none_is_refused(folder, content):
 def test_a_missing_or_misshapen_or_infinite_router_is_refused(folder):
     file = folder / "model.safetensors"
     good = load_file(file)
-    name = "model.layers.1.mlp.router.w_out"
-    for value, message in [
-        (None, r"layers\.1\.mlp\.router\.w_out, but it is missing"),
-        (good[name][:-1].clone(), rf"{name} of shape \[128, 8\] .*, got \[127, 8\]"),
-        (good[name].long(), rf"{name} .*got I64"),
-        (torch.full_like(good[name], float("nan")), "finite numbers in model.layers.1.mlp.router.w_out"),
+    for name, value, message in [
+        ("w_out", None, r"layers\.1\.mlp\.router\.w_out, but it is missing"),
+        ("w_out", lambda w: w[:-1].clone(), r"router\.w_out of shape \[128, 4\] .*, got \[127, 4\]"),
+        ("bias", torch.Tensor.long, r"router\.bias .*got I64"),
+        ("bias", lambda b: b * float("nan"), "finite numbers in model.layers.1.mlp.router.bias"),
     ]:
+        name = f"model.layers.1.mlp.router.{name}"
         tensors = {k: v for k, v in good.items() if k != name}
         if value is not None:
-            tensors[name] = value
+            tensors[name] = value(good[name])
         save_file(tensors, file, metadata={"format": "pt"})
         with pytest.raises(prunepath.CheckpointError, match=message):
             AutoModelForCausalLM.from_pretrained(folder)

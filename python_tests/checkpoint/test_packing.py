@@ -101,7 +101,7 @@ def test_opening_reads_no_ffn_and_running_all_of_it_at_most_once(folders):
     size = (folders[1] / FILE).stat().st_size
     assert size <= opened.mapped_bytes == used.mapped_bytes < size + 4096
     # Linux maps 64 KiB around a byte that is read, such as the first of each of the 12 weights of FFNs.
-    assert opened.touched_bytes < size - 12 * 128 * 1024 * 4 + 13 * (1 << 16)
+    assert opened.touched_bytes <= size - 12 * 128 * 1024 * 4 + 13 * (1 << 16)
     assert 0.9 * size < used.touched_bytes < size + 4096
     assert used.resident_bytes > used.touched_bytes
 

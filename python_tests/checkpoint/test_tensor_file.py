@@ -45,7 +45,7 @@ def test_a_tensor_that_is_not_there_or_of_another_kind_is_named(tmp_path):
     file = TensorFile(tmp_path / "file.safetensors")
     with pytest.raises(CheckpointError, match="to hold c, but it does not"):
         file.tensor("c")
-    with pytest.raises(CheckpointError, match=r"a in .* to be float32, bfloat16 or float16, got I8"):
+    with pytest.raises(CheckpointError, match=r"a in .* to be float32, bfloat16, float16 or uint8, got I8"):
         file.tensor("a")
     with pytest.raises(CheckpointError, match=r"b of shape \[3, 2\] in .*, got \[2, 3\]"):
         file.require("b", [3, 2])

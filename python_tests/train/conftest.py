@@ -35,9 +35,9 @@ def _sparse(make_sparse):
     )
     model = make_sparse(LlamaForCausalLM(config).eval(), router_rank=8)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".router." in name:
-                parameter.mul_(0.2)  # as even as trained routers are, so that every budget has a threshold
+        for name, tensor in model.state_dict().items():
+            if ".router." in name and tensor.is_floating_point():
+                tensor.mul_(0.2)  # as even as trained routers are, so that every budget has a threshold
     return model
 
 

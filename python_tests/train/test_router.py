@@ -76,7 +76,7 @@ def test_quality_is_perfect_for_the_true_shares_and_names_what_is_missed():
     assert half.recall == pytest.approx(7 / 10) and half.kl > 0.05
 
 
-def fine_ffn(form, rank, activation="silu", gated=True, hidden=32, width=64):
+def fine_ffn(form, rank, activation="silu", gated=True, hidden=32, width=64, bits=16):
     """Experts of one neuron, with biases."""
     torch.manual_seed(0)
     dense = nn.Module()
@@ -85,7 +85,7 @@ def fine_ffn(form, rank, activation="silu", gated=True, hidden=32, width=64):
         setattr(dense, name, nn.Linear(hidden, width))
     dense.down = nn.Linear(width, hidden)
     layout = FFNLayout(gate="gate" if gated else None, up="up", down="down", activation=activation)
-    return SparseFFN(dense, layout, width, router_rank=rank, router_form=form).eval()
+    return SparseFFN(dense, layout, width, router_rank=rank, router_form=form, router_bits=bits).eval()
 
 
 def correlated(tokens, hidden=32, seed=1):
@@ -151,3 +151,16 @@ def test_a_factored_router_does_not_mind_the_scale_of_the_ffn():
         choices.append(ffn.router.bfloat16()(x).topk(16).indices.sort().values)
     same = [(choices[0].unsqueeze(2) == other.unsqueeze(1)).any(2).float().mean() for other in choices[1:]]
     assert min(same) > 0.95
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_four_bits_lose_little_to_sixteen(rank):
+    x = correlated(2048, seed=2)
+    found = {}
+    for bits in (16, 4):
+        ffn = trained(fine_ffn("factored", rank, bits=bits))
+        assert ffn.router.is_packed == (bits == 4)
+        with torch.no_grad():
+            found[bits] = RouterQuality.of(ffn.router(x), expert_contributions(ffn.hidden(x), ffn.down.weight.t(), 64))
+    assert found[16].kl < found[4].kl < 1.5 * found[16].kl + 0.02
+    assert found[4].recall > found[16].recall - 0.03

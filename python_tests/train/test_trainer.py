@@ -7,6 +7,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback
 
 import prunepath
+from prunepath.errors import PrunePathError
 from prunepath.nn import sparse_ffns
 from prunepath.train.any_budget import AnyBudget, AnyBudgetConfig, is_router
 from prunepath.train.trainer import AnyBudgetCallback, AnyBudgetTrainer, dense_teacher
@@ -35,12 +36,33 @@ def test_routers_have_their_own_learning_rate(model, arguments, dataset):
     trainer = AnyBudgetTrainer(model, arguments(), train_dataset=dataset(), router_learning_rate=0.02)
     with trainer.any_budget:
         optimizer = trainer.create_optimizer()
-    names = {id(p): name for name, p in model.named_parameters()}
+        names = {id(p): name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
         kinds = {is_router(names[id(p)]) for p in group["params"]}
         assert len(kinds) == 1
         assert group["lr"] == (0.02 if kinds.pop() else 1e-3)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+def test_it_trains_again_with_what_packed_routers_have_become(model, arguments, dataset):
+    trainer = AnyBudgetTrainer(model, arguments(max_steps=2, learning_rate=0.05), train_dataset=dataset())
+    states = []
+    for _ in range(2):
+        trainer.train()
+        states.append({name: tensor.clone() for name, tensor in model.state_dict().items() if is_router(name)})
+    assert any(name.endswith("w_out") and tensor.dtype == torch.uint8 for name, tensor in states[0].items())
+    assert all(not torch.equal(t, states[1][n]) for n, t in states[0].items() if not n.endswith("_scale"))
+
+
+def test_an_optimizer_that_lacks_routers_is_refused(model, arguments, dataset):
+    def trainer():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        return AnyBudgetTrainer(model, arguments(), train_dataset=dataset(), optimizers=(optimizer, None))
+
+    with pytest.raises(PrunePathError, match=r"make it after prunepath\.for_training"):
+        trainer().train()
+    prunepath.for_training(model)
+    trainer().train()
 
 
 def test_the_teacher_is_a_dense_copy_that_stays_as_it_is(model, arguments, dataset, windows):
