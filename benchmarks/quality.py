@@ -265,8 +265,9 @@ def measure(args: argparse.Namespace) -> list[str]:
                 traceback.print_exc()
                 failures.append(f"{name} seed {seed}: {type(error).__name__}: {error}")
     cuda = args.device.startswith("cuda")
+    folders = {str(args.model): "DIR", str(args.data): "DATA", str(args.out): "OUT"}
     about = {
-        "command": " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/quality.py", *(folders.get(a, a) for a in sys.argv[1:])]),
         "machine": torch.cuda.get_device_name() if cuda else processor(),
         "date": today(),
         "torch": torch.__version__,

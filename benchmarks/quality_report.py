@@ -245,7 +245,7 @@ def _plot(means: list[dict], path: Path) -> None:
 
     stages = sorted({row["trained"] for row in means})
     names = sorted({row["method"] for row in means})
-    colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(names)}
+    colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(names)} | {OURS: "black"}
     figure, axes = plt.subplots(1, len(stages), figsize=(7 * len(stages), 5), squeeze=False)
     for axis, trained in zip(axes[0], stages, strict=True):
         curves = collections.defaultdict(list)

@@ -102,9 +102,11 @@ def test_more_long_rows_than_blocks_that_sort_in_global_memory():
     assert_equal_to_reference(ops.resolve_backend(torch.device("cuda"), "cuda"), logits, 0.99)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 2, 64, 65, 70000])
-def test_every_batch_size(backend, num_tokens):
-    expert_ids, _, counts = assert_equal_to_reference(backend, normal(num_tokens, 9), 0.7, max_experts=6)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts"), [(0, 9), (1, 9), (2, 9), (64, 9), (65, 9), (70000, 9), (1024, 513), (1500, 3000)]
+)
+def test_every_batch_size(backend, num_tokens, num_experts):
+    expert_ids, _, counts = assert_equal_to_reference(backend, normal(num_tokens, num_experts), 0.7, max_experts=6)
     assert expert_ids.shape == (num_tokens, 6) and counts.shape == (num_tokens,)
 
 
