@@ -182,8 +182,10 @@ def _claiming(cell: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        yield not cell.exists()
-    cell.with_suffix(".lock").unlink(missing_ok=True)
+        try:
+            yield not cell.exists()
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
 
 
 def check_settings(args: argparse.Namespace) -> None:

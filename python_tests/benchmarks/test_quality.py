@@ -1,5 +1,6 @@
 """The driver of the quality benchmark, on a tiny model and two tasks of a few examples."""
 
+import fcntl
 import json
 import sys
 import zipfile
@@ -118,6 +119,16 @@ def test_a_failing_method_leaves_the_others_results(run, tmp_path, monkeypatch):
         run("--no-training", "--methods", "dense,static-wanda,cats")
     assert names_of(tmp_path) == ["cats.plain.0.json", "dense.plain.0.json"]
     assert "| cats | 0.5 |" in (tmp_path / "quality.md").read_text()
+
+
+def test_what_another_process_computes_is_left_to_it(run, tmp_path):
+    (tmp_path / "cells").mkdir()
+    with (tmp_path / "cells" / "cats.plain.0.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run("--no-training", "--methods", "dense,cats")
+    assert names_of(tmp_path) == ["cats.plain.0.lock", "dense.plain.0.json"]
+    run("--no-training", "--methods", "dense,cats")
+    assert names_of(tmp_path) == ["cats.plain.0.json", "dense.plain.0.json"]
 
 
 def test_results_of_other_settings_are_not_mixed(run):
