@@ -135,9 +135,9 @@ def build(
                 parameter.normal_(0, WEIGHT_STD, generator=generator)
             else:
                 parameter.fill_(float(name.endswith("norm.weight")))
-    for ffn in prunepath.sparse_ffns(model).values():
-        ffn.router.fit_scales()
     if sparsity is not None:
+        for ffn in prunepath.sparse_ffns(model).values():
+            ffn.router.fit_scales()
         prunepath.for_inference(model)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0

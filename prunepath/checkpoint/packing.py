@@ -115,17 +115,17 @@ def check_routers_in(where: Mapping[str, TensorFile], ffns: Mapping[str, SparseF
         ffns: by path.
     """
     for path, ffn in ffns.items():
-
-        def stored_name(name: str, path: str = path) -> str:
-            full = f"{path}.router.{name}"
-            return next((stored for stored in where if f".{stored}".endswith(f".{full}")), full)
-
-        table = stored_name("w_out")
+        table = _stored_name(where, f"{path}.router.w_out")
         if _file_of(where, table).entries[table].dtype != "U8":
             ffn.router.unpack()
         for name, tensor in ffn.router.tensors().items():
-            found = stored_name(name)
+            found = _stored_name(where, f"{path}.router.{name}")
             _file_of(where, found).require(found, tensor.shape, packed=not tensor.is_floating_point())
+
+
+def _stored_name(where: Mapping[str, TensorFile], name: str) -> str:
+    """What a tensor is called in the files, with or without the head's prefix; `name` if it is in none."""
+    return next((stored for stored in where if f".{stored}".endswith(f".{name}")), name)
 
 
 def _file_of(where: Mapping[str, TensorFile], name: str) -> TensorFile:

@@ -19,9 +19,7 @@ def random_router(factors=2, rank=16, bits=4, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     for parameter in router.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    for name in TABLES if bits == 4 else ():
-        if getattr(router, name) is not None:
-            getattr(router, f"{name}_scale").copy_(row_scales(getattr(router, name)))
+    router.fit_scales()
     return router
 
 

@@ -318,6 +318,16 @@ def test_non_contiguous_x(make_ffn):
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
+def assert_refused(ffn, change, message):
+    """Of the inputs `ffn`, which are good, changed ones are refused in one sentence."""
+    names = ("x", "router_in", "router_out", "router_bias", "threshold", "gate", "up", "down_t", "activation")
+    values = (ffn.x, *ffn.router, torch.tensor(0.5), *ffn.tables, "silu")
+    arguments = dict(zip(names, values, strict=True)) | ffn.factors | ffn.scales
+    ops.routed_ffn(**arguments)
+    with pytest.raises(RuntimeError, match=rf"prunepath::routed_ffn: expected {message}\.$"):
+        ops.routed_ffn(**(arguments | change))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -343,13 +353,7 @@ def test_non_contiguous_x(make_ffn):
     ],
 )
 def test_bad_arguments_are_named(make_ffn, change, message):
-    ffn = make_ffn()
-    names = ("x", "router_in", "router_out", "router_bias", "threshold", "gate", "up", "down_t", "activation")
-    values = (ffn.x, *ffn.router, torch.tensor(0.5), *ffn.tables, "silu")
-    arguments = dict(zip(names, values, strict=True))
-    ops.routed_ffn(**arguments)
-    with pytest.raises(RuntimeError, match=f"prunepath::routed_ffn: expected {message}"):
-        ops.routed_ffn(**(arguments | change))
+    assert_refused(make_ffn(), change, f"{message}.*")
 
 
 def in_4_bits(name, *shape, scale_shape):
@@ -380,13 +384,7 @@ def in_4_bits(name, *shape, scale_shape):
     ],
 )
 def test_bad_arguments_of_a_router_in_4_bits_are_named(make_ffn, change, message):
-    ffn = make_ffn(packed=IN + OUT)
-    names = ("x", "router_in", "router_out", "router_bias", "threshold", "gate", "up", "down_t", "activation")
-    values = (ffn.x, *ffn.router, torch.tensor(0.5), *ffn.tables, "silu")
-    arguments = dict(zip(names, values, strict=True)) | ffn.scales
-    ops.routed_ffn(**arguments)
-    with pytest.raises(RuntimeError, match=rf"prunepath::routed_ffn: expected {message}\.$"):
-        ops.routed_ffn(**(arguments | change))
+    assert_refused(make_ffn(packed=IN + OUT), change, message)
 
 
 BAD_FACTORS = [
@@ -415,13 +413,7 @@ BAD_FACTORS = [
     ],
 )
 def test_bad_arguments_of_a_factored_router_are_named(make_ffn, gated, change, message):
-    ffn = make_ffn(factored=True, gated=gated)
-    names = ("x", "router_in", "router_out", "router_bias", "threshold", "gate", "up", "down_t", "activation")
-    values = (ffn.x, *ffn.router, torch.tensor(0.5), *ffn.tables, "silu")
-    arguments = dict(zip(names, values, strict=True)) | ffn.factors
-    ops.routed_ffn(**arguments)
-    with pytest.raises(RuntimeError, match=rf"prunepath::routed_ffn: expected {message}\.$"):
-        ops.routed_ffn(**(arguments | change))
+    assert_refused(make_ffn(factored=True, gated=gated), change, message)
 
 
 @pytest.mark.parametrize("gated", [False, True])
