@@ -15,9 +15,9 @@ from .route import TILE, select_into
 
 @triton.jit
 def log_of_factor(factor, floor, row, valid):
-    """½·log(factor² + floor²), [rows, tokens]."""
+    """¼·log(factor² + floor²), [rows, tokens]."""
     low = to_float(tl.load(floor + row, mask=valid, other=1.0))[:, None]
-    return 0.5 * tl.log(factor * factor + low * low)
+    return 0.25 * tl.log(factor * factor + low * low)
 
 
 @triton.jit

@@ -278,7 +278,7 @@ void combine_factors(const RouterFactors& router, int64_t num_tokens, int64_t be
         const Floats v = load_some({row, DType::kFloat32}, f * E + e, count);
         const Floats factor = f == 0 ? router_activate(router.activation, v) : v;
         const Floats floor = load_some(router.floor, f * E + e, count);
-        logit += 0.5f * log_of(factor * factor + floor * floor);
+        logit += 0.25f * log_of(factor * factor + floor * floor);
       }
       if (count == kLanes) {
         store(row + e, logit);

@@ -67,7 +67,7 @@ __device__ __forceinline__ float output_of(const Products& args, int row,
 #pragma unroll
     for (int f = 0; f < kFactors; ++f) {
       const float factor = f == 0 ? router_activate(args.activation, products[f]) : products[f];
-      logs += 0.5f * logf(factor * factor + floors[f] * floors[f]);
+      logs += 0.25f * logf(factor * factor + floors[f] * floors[f]);
     }
     return logs + log_scale;
   }

@@ -7,50 +7,40 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from prunepath import ops
 from prunepath.nn import SparseFFN
-from prunepath.nn.observers import observing_hidden, observing_inputs, valid_tokens
+from prunepath.nn.observers import observing_hidden, observing_inputs
 from prunepath.nn.thresholds import LARGEST_THRESHOLD, SMALLEST_THRESHOLD
 from prunepath.train.router import RouterQuality, contributions
 
 BUDGETS = (0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 NODES = (0.05, 0.1, 0.2, 0.4, 0.7)
 """Budgets at which FFNs run while thresholds are fitted, those of other budgets on the inputs of the nearest node."""
-SLOPE_STEPS = ((0.5, 0.3), (0.5, 0.2), (0.2, 0.3), (0.2, 0.2))
-"""(budget, step size) of each step along the loss's slope."""
-COMPARED_BUDGETS = (0.2, 0.5)
-"""Where what the steps found is compared with equal fractions."""
 STATIC_BUDGET = 0.5
-"""Where the model is compared with static pruning; one of `COMPARED_BUDGETS`."""
+"""Where the model is compared with static pruning."""
 _ROUTED_TOKENS = 512
 """Tokens whose masses give a threshold, and whose contributions show a router's quality."""
-_BAND = (0.8, 1.25)
-"""The experts that a step asks for the loss's slope, by multiples of the active fraction."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Calibration tokens, of three texts.
+    """Calibration tokens, of two texts.
 
     Attributes:
         encode: runs those that thresholds are fitted on through the FFNs, each in one call.
-        loss: the model's mean loss on those that choices are made on, or None if it has none.
-        backward: runs a part of those that slopes are taken on, named by the number of the step, forwards and
-            backwards; only for a model with a loss.
+        loss: the model's mean loss on the others, or None if it has none.
         costs: what a call of each takes, in tokens of a forward pass.
     """
 
     encode: Callable[[], object]
     loss: Callable[[], float | None]
-    backward: Callable[[int], object]
-    costs: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    costs: tuple[float, float] = (1.0, 1.0)
 
     @property
     def fitting_cost(self) -> float:
@@ -58,47 +48,39 @@ class Sample:
         return (1 + len(NODES)) * self.costs[0] + self.costs[1]
 
     @property
-    def choosing_cost(self) -> float:
+    def comparing_cost(self) -> float:
         """What comes to that for a model with a loss."""
-        return (1 + 2 * len(COMPARED_BUDGETS)) * self.costs[1] + len(SLOPE_STEPS) * self.costs[2]
+        return 2 * self.costs[1]
 
     @property
     def cost(self) -> float:
-        return self.fitting_cost + self.choosing_cost
+        return self.fitting_cost + self.comparing_cost
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """The outcome.
+    """The outcome. Losses are on text that no threshold was fitted on, and None for a model without one.
 
     Attributes:
         table: budget -> one threshold per FFN, none of which falls as the budget grows.
-        fractions: budget of `COMPARED_BUDGETS` -> each FFN's active fraction, where steps along the loss's slope found
-            fractions better than equal ones; others are between them.
-        losses: `equal` and `slopes` -> loss at each of `COMPARED_BUDGETS` on text that nothing was fitted on; empty for
-            a model without a loss.
-        dense_loss: the dense model's there; None without one.
-        static_loss: there, of the dense model without the neurons of least rms activation × norm of output weights, as
-            many in each FFN as a budget of `STATIC_BUDGET` skips.
+        dense_loss: of the dense model.
+        routed_loss: at `STATIC_BUDGET`.
+        static_loss: of the dense model without the neurons of least rms activation × norm of output weights, as many in
+            each FFN as a budget of `STATIC_BUDGET` skips.
         routers: for each FFN, how well its router predicts the dense model's contributions.
     """
 
     table: dict[float, list[float]]
-    fractions: dict[float, list[float]]
-    losses: dict[str, list[float]]
     dense_loss: float | None
+    routed_loss: float | None
     static_loss: float | None
     routers: list[RouterQuality]
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint's description keeps."""
         return {
-            "fractions": {f"{budget:g}": fractions for budget, fractions in self.fractions.items()},
-            "losses": {
-                name: {f"{budget:g}": loss for budget, loss in zip(COMPARED_BUDGETS, losses, strict=True)}
-                for name, losses in self.losses.items()
-            },
             "dense_loss": self.dense_loss,
+            "routed_loss": self.routed_loss,
             "static_loss": self.static_loss,
             "routers": [dataclasses.asdict(quality) for quality in self.routers],
         }
@@ -108,11 +90,10 @@ class Calibration:
 def fit_budgets(
     ffns: list[SparseFFN], sample: Sample, progress: Callable[[float], None] = lambda cost: None
 ) -> Calibration:
-    """Finds out how to spread budgets over the FFNs, and the thresholds that obtain them.
+    """Finds the thresholds at which every FFN has a budget's active fraction, as far as its limits allow.
 
-    Starting from equal active fractions, each FFN's is moved along the slope of the loss, which the gradients of the
-    experts near the cutoff give, while all FFNs skip experts. What that finds is kept where it is better than equal
-    fractions on other text. Thresholds are fitted on-policy too: while an FFN's are, those before it skip experts.
+    They are fitted on-policy: while an FFN's are, those before it skip experts. All FFNs get the same fraction:
+    spreading a budget by the slope of the loss on calibration text did worse on other text (docs/quality.md).
 
     Args:
         ffns: in the order in which a forward pass reaches them. Their thresholds are left changed.
@@ -122,26 +103,13 @@ def fit_budgets(
     Warns:
         UserWarning: the model is worse than static pruning of the same size.
     """
-    search = Search(ffns, sample, progress)
-    dense = search.loss()
-    losses: dict[str, list[float]] = {}
-    fractions: dict[float, list[float]] = {}
-    static = None
+    fitting = Fitting(ffns, sample, progress)
+    dense, routed, static = fitting.loss(), None, None
     if dense is None:
-        progress(sample.choosing_cost)
+        progress(sample.comparing_cost)
     else:
-        found = search.descend()
-        equal = {budget: search.scaled([1.0] * len(ffns), budget) for budget in COMPARED_BUDGETS}
-        losses = {
-            name: [search.loss(shapes[budget]) for budget in COMPARED_BUDGETS]
-            for name, shapes in (("equal", equal), ("slopes", found))
-        }
-        for budget, a, b in zip(COMPARED_BUDGETS, losses["equal"], losses["slopes"], strict=True):
-            if b < a:
-                fractions[budget] = found[budget]
-        static = search.static_loss()
-        at_budget = COMPARED_BUDGETS.index(STATIC_BUDGET)
-        routed = min(values[at_budget] for values in losses.values())
+        routed = fitting.loss(STATIC_BUDGET)
+        static = fitting.static_loss()
         if not routed <= static:
             warnings.warn(
                 f"At a budget of {STATIC_BUDGET:g} this model is worse than static pruning of the same size, a loss of "
@@ -149,8 +117,7 @@ def fit_budgets(
                 "or fine-tune it.",
                 stacklevel=5,  # beyond two decorators, to who called convert or calibrate
             )
-    table = search.fit({budget: search.between(fractions, budget) for budget in BUDGETS})
-    return Calibration(table, fractions, losses, dense, static, [o.quality for o in search.observed])
+    return Calibration(fitting.fit(), dense, routed, static, [o.quality for o in fitting.observed])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +133,8 @@ class Observed:
     useful: torch.Tensor
 
 
-class Search:
-    """The steps of the search over active fractions of the FFNs."""
+class Fitting:
+    """The passes that thresholds, and losses to judge them by, take."""
 
     def __init__(self, ffns: list[SparseFFN], sample: Sample, progress: Callable[[float], None]) -> None:
         self.ffns, self.sample, self.progress = ffns, sample, progress
@@ -190,9 +157,9 @@ class Search:
         self.sample.encode()
         self.progress(self.sample.costs[0])
 
-    def loss(self, fractions: Sequence[float] | None = None) -> float | None:
-        """The loss at these active fractions of each batch; without them, of the dense model."""
-        fits = {} if fractions is None else self._fits([{0.0: fraction} for fraction in fractions], 0.0)
+    def loss(self, budget: float | None = None) -> float | None:
+        """The loss where each batch runs at a budget; without one, of the dense model."""
+        fits = {} if budget is None else self._fits([budget], budget)
         for ffn in self.ffns:
             ffn.threshold = 1.0
         with observing_inputs(fits):
@@ -200,94 +167,23 @@ class Search:
         self.progress(self.sample.costs[1])
         return math.inf if value is not None and math.isnan(value) else value
 
-    def mean(self, fractions: Sequence[float]) -> float:
-        """The model's active fraction."""
-        return sum(w * f for w, f in zip(self.widths, fractions, strict=True)) / sum(self.widths)
+    def fractions(self, budget: float) -> list[float]:
+        """Each FFN's active fraction: the same within their limits, so that the model's is the budget."""
 
-    def scaled(self, fractions: Sequence[float], budget: float) -> list[float]:
-        """`fractions` times one number, within each FFN's limits, so that the model's active fraction is `budget`."""
+        def at(fraction: float) -> list[float]:
+            return [min(max(fraction, low), high) for low, high in zip(self.lowest, self.highest, strict=True)]
 
-        def at(factor: float) -> list[float]:
-            limits = zip(fractions, self.lowest, self.highest, strict=True)
-            return [min(max(fraction * factor, low), high) for fraction, low, high in limits]
+        def mean(fraction: float) -> float:
+            return sum(w * f for w, f in zip(self.widths, at(fraction), strict=True)) / sum(self.widths)
 
-        # At the largest factor every FFN is at its upper limit.
-        return at(_solve(lambda f: self.mean(at(f)), budget, 0.0, 1.0 / max(min(fractions), 1e-6)))
+        return at(_solve(mean, budget, 0.0, 1.0))
 
-    def descend(self) -> dict[float, list[float]]:
-        """Active fractions at each of `COMPARED_BUDGETS`, moved along the loss's slope from equal ones."""
-        found: dict[float, list[float]] = {}
-        fractions = [1.0] * len(self.ffns)
-        for step, (budget, size) in enumerate(SLOPE_STEPS):
-            fractions = self.scaled(fractions, budget)
-            gains = torch.tensor(fractions) * self._gains(step, fractions)
-            direction = ((gains - gains.mean()) / gains.std(correction=0).clamp(min=1e-30)).clamp(-2.0, 2.0)
-            if direction.isfinite().all():
-                moved = [f * math.exp(size * d) for f, d in zip(fractions, direction.tolist(), strict=True)]
-                fractions = self.scaled(moved, budget)
-            found[budget] = fractions
-        return found
-
-    def _gains(self, step: int, fractions: Sequence[float]) -> torch.Tensor:
-        """How much the loss falls with each FFN's active fraction, to first order: −dL/df, float32 [FFNs].
-
-        An expert's share of that is the gradient of its gate, of active and skipped experts alike.
-        """
-        wanted = dict(zip(self.ffns, fractions, strict=True))
-        gains = {ffn: torch.zeros((), device=ffn.router.w_out.device) for ffn in self.ffns}
-
-        def select(ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad():
-                valid = valid_tokens(ffn, len(x))
-                logits = ffn.router(x)
-                masses = masses_before(ffn, logits if valid is None else logits[valid])
-                fewer, active, more = (
-                    _select(ffn, logits, quantile(masses, factor * wanted[ffn])) for factor in (_BAND[0], 1.0, _BAND[1])
-                )
-                gates, band = active.to(hidden.dtype), more & ~fewer
-                if valid is not None:
-                    band &= valid.unsqueeze(1)
-
-            def gather(gradient: torch.Tensor) -> None:
-                gains[ffn] -= torch.where(band, gradient.float(), 0.0).sum() / band.float().mean().clamp(min=1e-6)
-
-            gates.requires_grad_().register_hook(gather)
-            return gates
-
-        for ffn in self.ffns:
-            ffn.selector = select
-        try:
-            with torch.enable_grad():
-                self.sample.backward(step)
-        finally:
-            for ffn in self.ffns:
-                ffn.selector = None
-        self.progress(self.sample.costs[2])
-        return torch.stack([gain.cpu() for gain in gains.values()])
-
-    def between(self, known: Mapping[float, Sequence[float]], budget: float) -> list[float]:
-        """The fractions for a budget: log(fraction / budget) is linear in log(budget), and zero at budget 1.
-
-        Below the lowest known budget, as there.
-        """
-        points = [*sorted(known), 1.0]
-        above = next(point for point in points if point >= budget or point == 1.0)
-        below = max((point for point in points if point <= budget), default=points[0])
-        weight = 0.0 if above <= below else math.log(budget / below) / math.log(above / below)
-        low, high = (known.get(point, [1.0] * len(self.ffns)) for point in (below, above))
-        if not known:
-            return self.scaled([1.0] * len(self.ffns), budget)
-        return self.scaled(
-            [(a / below) ** (1 - weight) * (b / above) ** weight for a, b in zip(low, high, strict=True)], budget
-        )
-
-    def fit(self, wanted: dict[float, list[float]]) -> dict[float, list[float]]:
-        """budget -> thresholds, for budget -> active fractions of each FFN; one pass for each of `NODES`."""
+    def fit(self) -> dict[float, list[float]]:
+        """budget -> thresholds, for each of `BUDGETS`; one pass for each of `NODES`."""
         table: dict[float, list[float]] = {}
         lowest = [SMALLEST_THRESHOLD] * len(self.ffns)
         for node, budgets in budgets_of_nodes().items():
-            rows = [{budget: wanted[budget][i] for budget in budgets} for i in range(len(self.ffns))]
-            fits = self._fits(rows, node)
+            fits = self._fits(budgets, node)
             with observing_inputs(fits):
                 self.encode()
             for budget in budgets:
@@ -295,8 +191,11 @@ class Search:
                 table[budget] = lowest = list(map(max, fitted, lowest))
         return table
 
-    def _fits(self, rows: Iterable[dict[float, float]], node: float) -> dict[SparseFFN, FitFractions]:
-        return {ffn: FitFractions(row, node) for ffn, row in zip(self.ffns, rows, strict=True)}
+    def _fits(self, budgets: Iterable[float], node: float) -> dict[SparseFFN, FitFractions]:
+        rows = {budget: self.fractions(budget) for budget in budgets}
+        return {
+            ffn: FitFractions({budget: row[i] for budget, row in rows.items()}, node) for i, ffn in enumerate(self.ffns)
+        }
 
     def static_loss(self) -> float | None:
         """The loss with static pruning in the place of routing."""
@@ -305,13 +204,6 @@ class Search:
                 down = ffn.projection(ffn.layout.down)
                 hooks.enter_context(down.register_forward_pre_hook(functools.partial(_prune, observed.useful)))
             return self.loss()
-
-
-def _select(ffn: SparseFFN, logits: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """Which experts are active: bool [T, E]."""
-    kernels = ops.resolve_backend(logits.device)
-    limits = {"min_experts": ffn.min_experts, "max_experts": ffn.max_experts}
-    return kernels.select(logits, threshold.float(), **limits)[0]
 
 
 def _prune(useful: torch.Tensor, projection: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

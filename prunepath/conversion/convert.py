@@ -49,8 +49,7 @@ from prunepath.train.router import RouterTraining
 from prunepath.train.router_state import RouterState
 
 # What a token costs in the parts of a conversion, against one of a forward pass without the head.
-_ROUTER_COST, _GROUPING_COST, _FIT_COST, _LOSS_COST, _SLOPE_COST = 1.75, 1.0, 1.2, 1.5, 2.8
-_BACKWARD_TOKENS = 512
+_ROUTER_COST, _GROUPING_COST, _FIT_COST, _LOSS_COST = 1.75, 1.0, 1.2, 1.5
 
 
 @torch.inference_mode(False)
@@ -251,38 +250,16 @@ def train_routers(trainings: dict[SparseFFN, RouterTraining], progress: float, r
 
 
 def calibration_sample(model: nn.Module, batches: Sequence[Batch]) -> Sample:
-    """Batches as calibration takes them: a quarter to fit thresholds on, a quarter to choose on, half for slopes."""
-    fit, choose, slopes = batches, batches, batches  # of a single batch
-    if len(batches) > 2:
-        quarter = sum(map(count_tokens, batches)) // 4
-        fit, rest = split_held_out(batches, quarter)
-        choose, slopes = split_held_out(rest, quarter)
-    parts = [slopes[::2], slopes[1::2] or slopes]
+    """Batches as calibration takes them: half to fit thresholds on, half to measure losses on."""
+    fit, compare = batches, batches  # of a single batch
+    if len(batches) > 1:
+        fit, compare = split_held_out(batches, sum(map(count_tokens, batches)) // 2)
     inputs = backbone_inputs(merge(fit))
-    tokens = [sum(map(count_tokens, part)) for part in (fit, choose, slopes)]
     return Sample(
         encode=lambda: model.base_model(**inputs),
-        loss=lambda: mean_loss(model, choose),
-        backward=lambda step: _run_backwards(model, parts[step % 2]),
-        costs=(_FIT_COST * tokens[0], _LOSS_COST * tokens[1], _SLOPE_COST * tokens[2] / 2),
+        loss=lambda: mean_loss(model, compare),
+        costs=(_FIT_COST * sum(map(count_tokens, fit)), _LOSS_COST * sum(map(count_tokens, compare))),
     )
-
-
-def _run_backwards(model: nn.Module, batches: Iterable[Batch]) -> None:
-    """Runs the loss backwards, summed over tokens, to whatever requires gradients and is no parameter."""
-    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in required:
-        parameter.requires_grad_(False)
-    try:
-        for batch in batches:
-            rows, length = batch["input_ids"].shape
-            size = max(1, _BACKWARD_TOKENS // length)
-            for start in range(0, rows, size):
-                part = {name: tensor[start : start + size] for name, tensor in batch.items()}
-                (model(**part).loss * count_tokens(part)).backward()
-    finally:
-        for parameter in required:
-            parameter.requires_grad_(True)
 
 
 def _fingerprint(model: nn.Module, sites: Sequence[FFNSite], data: ConversionData, config: PrunePathConfig) -> str:

@@ -281,7 +281,7 @@ class _Stream:
             ffns=[path_in_backbone(self.model, path) for path in self.ffns],
             thresholds=[1.0] * len(self.ffns),
             budgets={b: [found[f"{b:g}"] for found in self.thresholds] for b in BUDGETS},
-            calibration=Calibration({}, {}, {}, None, None, self.routers).to_dict(),
+            calibration=Calibration({}, None, None, None, self.routers).to_dict(),
         )
         config = self.model_config.to_dict() | {"quantization_config": description.to_dict()}
         config["dtype"] = str(self.dtype).removeprefix("torch.")

@@ -27,7 +27,12 @@ def expert_contributions(hidden: torch.Tensor, down_t: torch.Tensor, num_experts
 
 
 def router_target(contributions: torch.Tensor) -> torch.Tensor:
-    """Each expert's share of a token's total contribution, c / Σc: float32 [T, E]. All-zero rows are uniform."""
-    total = contributions.sum(-1, keepdim=True)
-    uniform = torch.full_like(contributions, 1.0 / contributions.shape[-1])
-    return torch.where(total > 0, contributions / total, uniform)
+    """What routers learn, each expert's share √c / Σ√c of a token's contributions: float32 [T, E].
+
+    The root, because shares of c themselves let a token whose few largest experts hold most of it skip too many others:
+    at equal bytes that is worse than as many experts for each token. All-zero rows are uniform.
+    """
+    roots = contributions.sqrt()
+    total = roots.sum(-1, keepdim=True)
+    uniform = torch.full_like(roots, 1.0 / roots.shape[-1])
+    return torch.where(total > 0, roots / total, uniform)

@@ -19,16 +19,17 @@ TABLES = ("w_in", "w_out")
 
 
 class Router(nn.Module):
-    """Logits whose softmax is each expert's share of the FFN's output, in one of two forms.
+    """Logits whose softmax is each expert's share of a token's probability mass, in one of two forms.
 
     Both begin with v = W_out·(W_in·x) + b. The linear form has v [E] as its logits z. The factored form, for experts of
     one neuron, estimates the F factors of every neuron's activation, of which a gated FFN has two, act(gate·x) and
     up·x, and another one: v is [F·E], the first E of them before the activation φ, and
 
-        z_e = s_e + Σ_f ½·log(φ_f(v_fe)² + ε_fe²),    φ_1 = φ, φ_2(v) = v.
+        z_e = s_e + Σ_f ¼·log(φ_f(v_fe)² + ε_fe²),    φ_1 = φ, φ_2(v) = v.
 
-    The floor ε is what the estimate may be wrong by; e^s is the norm of the neuron's output weights. A product's
-    logarithm is no linear function of x: neurons matter by magnitude, whatever the sign of up·x.
+    The floor ε is what the estimate may be wrong by; e^(2s) is the norm of the neuron's output weights, so that e^z
+    estimates the root of the neuron's contribution (`router_target`). A product's logarithm is no linear function of x:
+    neurons matter by magnitude, whatever the sign of up·x.
 
     With 4 bits, W_in and W_out are whole numbers from −7 to 7, with a scale for each row. Kernels read them packed, two
     in a byte. To train they are floating-point numbers (`unpack`), which a forward pass rounds and cuts to that range;

@@ -182,7 +182,7 @@ def routed_ffn(
     logits are z = v. A factored router, which has a floor ε and a log-scale s, estimates the F factors of every
     expert's activation, 2 for a gated FFN and else 1: v is F rows of E,
 
-        z_e = s_e + Σ_f ½·log(φ_f(v_fe)² + ε_fe²),
+        z_e = s_e + Σ_f ¼·log(φ_f(v_fe)² + ε_fe²),
 
     where φ_1 stands in for the activation, x·σ(x) for silu, x·σ(1.702·x) for gelu and gelu_tanh, softplus for relu and
     its square for relu2, and φ_2(v) = v. All is float32; neither logits nor router_in·x are ever rounded to x's dtype.

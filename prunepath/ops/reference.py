@@ -155,7 +155,7 @@ def router_logits(
         return v
     first, *others = v.unflatten(-1, (-1, len(router_log_scale))).unbind(-2)
     factors = torch.cat([ROUTER_ACTIVATIONS[activation](first), *others], -1)
-    logs = 0.5 * torch.log(factors.square() + router_floor.to(wide).square())
+    logs = 0.25 * torch.log(factors.square() + router_floor.to(wide).square())
     return logs.unflatten(-1, (-1, len(router_log_scale))).sum(-2) + router_log_scale.to(wide)
 
 

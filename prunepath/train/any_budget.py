@@ -162,7 +162,7 @@ class AnyBudget:
             yield
 
     def router_loss(self) -> torch.Tensor:
-        """Mean over FFNs and tokens of KL(c/Σc ‖ softmax(z)) in the last forward pass, a scalar in nats.
+        """Mean over FFNs and tokens of KL(√c/Σ√c ‖ softmax(z)) in the last forward pass, a scalar in nats.
 
         c are the experts' contributions to the output of the current weights (`expert_contributions`), where W_down is
         without what an adapter on it adds. Of many tokens, a sample counts (`SAMPLED_LOGITS`). Only routers get

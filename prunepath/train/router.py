@@ -1,4 +1,4 @@
-"""Router training: the softmax learns each expert's share of the FFN's output."""
+"""Router training: the softmax learns each expert's share of what a token's experts add to the output."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RouterQuality:
     """How well a router predicts contributions c.
 
     Attributes:
-        kl: mean of KL(c/Σc ‖ softmax(z)) over tokens, in nats.
+        kl: mean of KL(√c/Σ√c ‖ softmax(z)) over tokens, in nats.
         recall: Σc of the `RECALL_FRACTION` of experts that the router likes best, as a share of what the best such
             selection has; 1 is perfect.
     """
@@ -54,7 +54,7 @@ class RouterQuality:
 class RouterTraining:
     """Trains one FFN's router on the tokens that stream through the dense model, each seen once.
 
-    Loss: KL(c/Σc ‖ softmax(z)), with c the experts' contributions (`expert_contributions`). A linear router begins at
+    Loss: KL(√c/Σ√c ‖ softmax(z)), with c the experts' contributions (`expert_contributions`). A linear router begins at
     random, on inputs standardised by the first call's mean and deviation, so that one learning rate suits every model;
     the scaling is folded into the weights at the end. A factored one begins as the rank-r map that is nearest to the
     FFN's own input projections on the first call's tokens, and its learning rates are relative to its weights.
@@ -224,7 +224,7 @@ def factored_weights(ffn: SparseFFN, x: torch.Tensor, seed: int = 0) -> dict[str
             bias[index * router.num_experts : (index + 1) * router.num_experts] += own.float()
     floor = missed.clamp(min=_LEAST_MISS * total.mean()).sqrt()
     floor[: router.num_experts] *= 0.5  # an activation halves errors around zero
-    log_scale = down_t.float().norm(dim=1).clamp(min=1e-12).log()
+    log_scale = 0.5 * down_t.float().norm(dim=1).clamp(min=1e-12).log()
     weights |= {"w_out": w_out, "bias": bias, "floor": floor, "log_scale": log_scale}
     if router.bits == 4:
         weights |= {f"{name}_scale": row_scales(weights[name]) for name in TABLES if name in weights}

@@ -1,4 +1,4 @@
-"""Budgets become thresholds: the fraction asked for, spread over the layers as the loss likes it best."""
+"""Budgets become thresholds, at which every FFN has the fraction asked for."""
 
 import itertools
 import warnings
@@ -9,14 +9,13 @@ from torch import nn
 
 import prunepath
 from prunepath.calibration import fit as fit_module
-from prunepath.calibration.fit import BUDGETS, COMPARED_BUDGETS, STATIC_BUDGET, Sample, fit_budgets
+from prunepath.calibration.fit import BUDGETS, Sample, fit_budgets
 from prunepath.demo.corpus import stdlib_texts
 from prunepath.demo.run import model_folder
 from prunepath.nn import FFNLayout, SparseFFN
 from prunepath.nn.observers import counting
 
 HIDDEN, WIDTH, EXPERTS = 16, 64, 8
-AT_HALF = COMPARED_BUDGETS.index(STATIC_BUDGET)
 
 
 def make_ffn(seed=0, router_scale=1.0, experts=EXPERTS, **options):
@@ -33,12 +32,11 @@ def make_ffn(seed=0, router_scale=1.0, experts=EXPERTS, **options):
 class Chain:
     """FFNs in a row; the loss is a function of their active fractions, and of their outputs."""
 
-    def __init__(self, ffns, loss, strengths=None):
+    def __init__(self, ffns, loss):
         self.ffns = ffns
-        self.strengths = strengths or [1.0] * len(ffns)
         self.tokens = torch.randn(512, HIDDEN, generator=torch.Generator().manual_seed(1))
         self.of_fractions = loss
-        self.passes = {"encode": 0, "loss": 0, "backward": 0}
+        self.passes = {"encode": 0, "loss": 0}
 
     def run(self):
         self.passes["encode"] += 1
@@ -59,19 +57,8 @@ class Chain:
         self.passes["loss"] += 1
         return None if self.of_fractions is None else self.of_fractions(self.fractions())
 
-    def backward(self, step):
-        """The gradient of a loss that is each FFN's output along a direction, of a strength of its own."""
-        self.passes["backward"] += 1
-        x = self.tokens
-        total = 0.0
-        for ffn, strength in zip(self.ffns, self.strengths, strict=True):
-            y = ffn(x)
-            total = total - strength * (y * y.detach()).sum()
-            x = x + y.detach()
-        total.backward()
-
     def sample(self):
-        return Sample(self.run, self.loss, self.backward, (3, 5, 7))
+        return Sample(self.run, self.loss, (3, 5))
 
     def calibrate(self, progress=lambda cost: None):
         with warnings.catch_warnings():
@@ -87,65 +74,12 @@ class Chain:
 def test_without_a_loss_every_layer_gets_the_budget():
     chain = Chain([make_ffn(0), make_ffn(1, router_scale=0.5)], None)
     result = chain.calibrate()
-    assert list(result.table) == list(BUDGETS) and result.fractions == {} and result.losses == {}
-    assert result.dense_loss is None and result.static_loss is None and chain.passes["backward"] == 0
+    assert list(result.table) == list(BUDGETS)
+    assert result.dense_loss is None and result.routed_loss is None and result.static_loss is None
     for budget in (0.2, 0.4, 0.7):  # one expert of 8 always runs
         assert chain.at(result, budget) == pytest.approx([budget] * 2, abs=0.002)
     for budget in (0.3, 0.5, 0.9):  # fitted on the inputs of another budget
         assert chain.at(result, budget) == pytest.approx([budget] * 2, abs=0.02)
-
-
-@pytest.mark.parametrize("strengths", [[10.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 10.0]])
-def test_steps_along_the_losss_slope_move_experts_to_where_they_count(strengths):
-    """And are kept where the loss on other text falls with them, at each budget on its own."""
-    strong = strengths.index(10.0)
-
-    def loss(fractions):
-        budget = sum(fractions) / 4
-        return -fractions[strong] if budget > 0.35 else fractions[strong]
-
-    chain = Chain([make_ffn(seed, experts=WIDTH) for seed in range(4)], loss, strengths)
-    result = chain.calibrate()
-    assert result.fractions.keys() == {0.5}
-    moved = result.fractions[0.5]
-    assert moved[strong] > 0.6 and moved[strong] == max(moved) and sum(moved) / 4 == pytest.approx(0.5)
-    assert result.losses["slopes"][AT_HALF] < result.losses["equal"][AT_HALF]
-    assert result.losses["slopes"][0] > result.losses["equal"][0]
-    assert chain.at(result, 0.5) == pytest.approx(moved, abs=0.03)
-    # Where equal fractions won, those of the next budget above count.
-    assert chain.at(result, 0.2)[strong] == pytest.approx(0.2 * moved[strong] / 0.5, abs=0.03)
-
-
-def test_a_slope_is_the_change_of_the_loss():
-    """Against the loss itself, with a little more and a little less of one FFN."""
-    chain = Chain([make_ffn(seed, experts=WIDTH) for seed in range(3)], lambda f: 0.0, [1.0, 3.0, 0.5])
-    search = fit_module.Search(chain.ffns, chain.sample(), lambda cost: None)
-    fractions = [0.5, 0.4, 0.6]
-
-    def linearised(ffn, low, high):
-        """Output along itself that the experts between two active fractions add."""
-        outputs = {}
-        with torch.no_grad():
-            for fraction in (low, 1.0, high):
-                row = [fraction if f is ffn else known for f, known in zip(chain.ffns, fractions, strict=True)]
-                hooks = search._fits([{0.0: value} for value in row], 0.0)
-                with fit_module.observing_inputs(hooks):
-                    x = chain.tokens
-                    for f in chain.ffns:
-                        y = f(x)
-                        outputs[f, fraction] = y
-                        if f is ffn:
-                            break
-                        x = x + y
-        return outputs[ffn, low], outputs[ffn, high]
-
-    gains = search._gains(0, fractions)
-    for i, (ffn, strength) in enumerate(zip(chain.ffns, chain.strengths, strict=True)):
-        low, high = linearised(ffn, 0.8 * fractions[i], 1.25 * fractions[i])
-        with torch.no_grad():
-            middle = linearised(ffn, fractions[i], fractions[i])[0]
-        slope = strength * ((high - low) * middle).sum() / (0.45 * fractions[i])
-        assert gains[i].item() == pytest.approx(slope.item(), rel=0.02)
 
 
 def test_it_takes_few_passes_and_reports_their_costs():
@@ -155,17 +89,17 @@ def test_it_takes_few_passes_and_reports_their_costs():
         assert sum(costs) == chain.sample().cost
         if loss is not None:
             passes = chain.passes
-            assert sum(costs) == 3 * passes["encode"] + 5 * passes["loss"] + 7 * passes["backward"]
-            assert passes["encode"] <= 6 and passes["loss"] <= 6 and passes["backward"] <= 4
+            assert sum(costs) == 3 * passes["encode"] + 5 * passes["loss"]
+            assert passes["encode"] <= 6 and passes["loss"] <= 3
 
 
 def test_thresholds_never_fall_as_the_budget_grows(monkeypatch):
-    """Not even with opposite splits at neighbouring budgets."""
+    """Not even where those of neighbouring budgets are fitted on inputs that ask for the opposite."""
 
-    def zigzag(search, known, budget):
-        return search.scaled([1.5, 0.5] if round(20 * budget) % 2 else [0.5, 1.5], budget)
+    def zigzag(fitting, budget):
+        return [1.5 * budget, 0.5 * budget] if round(20 * budget) % 2 else [0.5 * budget, min(1.0, 1.5 * budget)]
 
-    monkeypatch.setattr(fit_module.Search, "between", zigzag)
+    monkeypatch.setattr(fit_module.Fitting, "fractions", zigzag)
     chain = Chain([make_ffn(0, experts=WIDTH), make_ffn(1, experts=WIDTH)], None)
     rows = list(chain.calibrate().table.values())
     assert all(a <= b for low, high in itertools.pairwise(rows) for a, b in zip(low, high, strict=True))
@@ -209,7 +143,7 @@ def test_a_model_that_static_pruning_beats_says_so(is_worse):
     said = [str(warning.message) for warning in caught if "static pruning of the same size" in str(warning.message)]
     assert len(said) == is_worse
     assert result.to_dict()["static_loss"] == result.static_loss
-    assert result.losses["equal"][AT_HALF] == 2.0
+    assert result.routed_loss == 2.0
 
 
 def test_the_embedded_model_obtains_its_budgets_on_text_it_has_never_seen():

@@ -74,9 +74,9 @@ def test_every_kind_of_model_obtains_its_budget(kind, ready, width):
     assert len(calibration["routers"]) == 2
     assert all(row["kl"] > 0 and 0.25 < row["recall"] <= 1 for row in calibration["routers"])
     if kind == "bert":
-        assert calibration["losses"] == {} and calibration["fractions"] == {} and calibration["static_loss"] is None
+        assert all(calibration[name] is None for name in ("dense_loss", "routed_loss", "static_loss"))
     else:
-        assert set(calibration["losses"]) == {"equal", "slopes"} and calibration["static_loss"] > 0
+        assert all(calibration[name] > 0 for name in ("dense_loss", "routed_loss", "static_loss"))
 
 
 @pytest.mark.parametrize(("kind", "width"), [("llama", 1), ("llama", 8), ("t5", 1)])

@@ -19,6 +19,15 @@ def run_reference(ffn, ids, counts, activation):
     return ffn.wide().sparse(reference.sparse_ffn, ids, counts, activation)
 
 
+def magnitudes(ffn):
+    """What the outputs of all experts add up to at most: of pre-activations, not activations, without their signs."""
+    wide = ffn.wide()
+    factors = [(wide.x @ wide.up.t() + wide.biases.get("up_bias", 0.0)).abs()]
+    if wide.gate is not None:
+        factors.append((wide.x @ wide.gate.t() + wide.biases.get("gate_bias", 0.0)).abs())
+    return torch.stack(factors).prod(0) @ wide.down_t.abs()
+
+
 def naive(ffn, ids, counts, activation):
     """One token, expert and neuron at a time."""
     wide = ffn.wide()
@@ -124,8 +133,8 @@ def test_any_shape(
     ids, counts = make_selection(num_tokens, num_experts, seed=seed)
     y = ffn.sparse(ops.sparse_ffn, ids, counts, "gelu_tanh")
     expected = run_reference(ffn, ids, counts, "gelu_tanh")
-    # A sum that cancels, as one output may, has no relative accuracy; measure against the terms then.
-    scale = expected.norm() + ffn.down_t.double().norm() * 1e-2
+    # What cancels, in the sum or in an activation's tail, has no relative accuracy; measure against the terms then.
+    scale = expected.norm() + 0.1 * magnitudes(ffn).norm()
     tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
     assert (y.double() - expected).norm() <= tolerance * scale
 
