@@ -17,6 +17,8 @@ from statistics import mean
 
 import numpy as np
 
+from prunepath.eval.files import replacing, write_json
+
 BITS = ("wikitext", "dolly", "gsm8k")
 ACCURACIES = ("mr", "subj", "banking77", "piqa", "winogrande", "boolq")
 EXTRA = {"e2e": ("bleu",), "answers": ("tokens", "ended", "running", "seconds")}
@@ -153,7 +155,7 @@ def write_report(out: Path) -> None:
         print("no cells: nothing to report")
         return
     rows = rows_of(cells)
-    with (out / "quality.csv").open("w", newline="") as file:
+    with replacing(out / "quality.csv") as path, path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])))
         writer.writeheader()
         rounded = ("active", "bytes", "bleu", "e2e", *BITS, *ACCURACIES)
@@ -161,7 +163,7 @@ def write_report(out: Path) -> None:
     means, compared = averaged(rows), differences(cells)
     about = json.loads((out / "about.json").read_text()) if (out / "about.json").exists() else {}
     values = {"about": about, "results": means, "differences": compared}
-    (out / "quality.json").write_text(json.dumps(values, indent=1))
+    write_json(out / "quality.json", values)
     parts = [f"{name}: {value}  " for name, value in about.items()]
     for trained in sorted({row["trained"] for row in means}):
         parts.append(f"\n## After {_millions(trained)} of training\n" if trained else "\n## Without training\n")
@@ -172,7 +174,8 @@ def write_report(out: Path) -> None:
         chosen = [row for row in compared if row["trained"] == trained]
         if chosen:
             parts += ["\n### Difference from PrunePath at the same active fraction\n", _differences(chosen)]
-    (out / "quality.md").write_text("\n".join(parts) + "\n")
+    with replacing(out / "quality.md") as path:
+        path.write_text("\n".join(parts) + "\n", encoding="utf-8")
     _plot(means, out / "quality.png")
 
 
@@ -261,7 +264,8 @@ def _plot(means: list[dict], path: Path) -> None:
             axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100)
     plt.close(figure)
 
 
