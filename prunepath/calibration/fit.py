@@ -139,8 +139,6 @@ class Fitting:
     def __init__(self, ffns: list[SparseFFN], sample: Sample, progress: Callable[[float], None]) -> None:
         self.ffns, self.sample, self.progress = ffns, sample, progress
         self.widths = [ffn.intermediate_size for ffn in ffns]
-        self.lowest = [ffn.min_experts / ffn.num_experts for ffn in ffns]
-        self.highest = [(ffn.max_experts or ffn.num_experts) / ffn.num_experts for ffn in ffns]
         found: dict[SparseFFN, Observed] = {}
 
         def observe(ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> None:
@@ -171,7 +169,7 @@ class Fitting:
         """Each FFN's active fraction: the same within their limits, so that the model's is the budget."""
 
         def at(fraction: float) -> list[float]:
-            return [min(max(fraction, low), high) for low, high in zip(self.lowest, self.highest, strict=True)]
+            return [nearest_fraction(ffn, fraction) for ffn in self.ffns]
 
         def mean(fraction: float) -> float:
             return sum(w * f for w, f in zip(self.widths, at(fraction), strict=True)) / sum(self.widths)
@@ -204,6 +202,12 @@ class Fitting:
                 down = ffn.projection(ffn.layout.down)
                 hooks.enter_context(down.register_forward_pre_hook(functools.partial(_prune, observed.useful)))
             return self.loss()
+
+
+def nearest_fraction(ffn: SparseFFN, fraction: float) -> float:
+    """The active fraction nearest to `fraction` that the FFN's limits allow."""
+    highest = (ffn.max_experts or ffn.num_experts) / ffn.num_experts
+    return min(max(fraction, ffn.min_experts / ffn.num_experts), highest)
 
 
 def _prune(useful: torch.Tensor, projection: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

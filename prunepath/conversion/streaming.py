@@ -18,7 +18,15 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from prunepath.calibration.fit import BUDGETS, NODES, Calibration, FitFractions, budgets_of_nodes, router_quality
+from prunepath.calibration.fit import (
+    BUDGETS,
+    NODES,
+    Calibration,
+    FitFractions,
+    budgets_of_nodes,
+    nearest_fraction,
+    router_quality,
+)
 from prunepath.checkpoint.description import SparseDescription, install, path_in_backbone
 from prunepath.checkpoint.folders import check_output_folder, whole_folder
 from prunepath.checkpoint.loading import INDEX, open_shards, read_model_config
@@ -237,7 +245,7 @@ class _Stream:
             calibrated[1.0].advance_merged(index)
         lowest = SMALLEST_THRESHOLD
         for node, budgets in budgets_of_nodes().items():
-            fit = FitFractions({budget: _fraction(ffn, budget) for budget in budgets}, node)
+            fit = FitFractions({budget: nearest_fraction(ffn, budget) for budget in budgets}, node)
             if thresholds is not None:
                 ffn.threshold = thresholds[f"{node:g}"]
             with observing_inputs({ffn: fit} if thresholds is None else {}):
@@ -366,12 +374,6 @@ def _record(stream: _Stream, batch: Batch) -> list[tuple[torch.Tensor, tuple, di
         for i, layer in enumerate(layers):
             stream.layers[i] = layer
     return calls
-
-
-def _fraction(ffn: SparseFFN, budget: float) -> float:
-    """The active fraction nearest to a budget that the FFN's limits allow."""
-    highest = (ffn.max_experts or ffn.num_experts) / ffn.num_experts
-    return min(max(budget, ffn.min_experts / ffn.num_experts), highest)
 
 
 @contextlib.contextmanager

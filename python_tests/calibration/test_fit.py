@@ -94,7 +94,7 @@ def test_it_takes_few_passes_and_reports_their_costs():
 
 
 def test_thresholds_never_fall_as_the_budget_grows(monkeypatch):
-    """Not even where those of neighbouring budgets are fitted on inputs that ask for the opposite."""
+    """Not even with opposite splits at neighbouring budgets."""
 
     def zigzag(fitting, budget):
         return [1.5 * budget, 0.5 * budget] if round(20 * budget) % 2 else [0.5 * budget, min(1.0, 1.5 * budget)]

@@ -134,7 +134,7 @@ def test_any_shape(
     y = ffn.sparse(ops.sparse_ffn, ids, counts, "gelu_tanh")
     expected = run_reference(ffn, ids, counts, "gelu_tanh")
     # What cancels, in the sum or in an activation's tail, has no relative accuracy; measure against the terms then.
-    scale = expected.norm() + 0.1 * magnitudes(ffn).norm()
+    scale = expected.norm() + 1e-2 * magnitudes(ffn).norm()
     tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
     assert (y.double() - expected).norm() <= tolerance * scale
 
