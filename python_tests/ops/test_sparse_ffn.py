@@ -20,12 +20,16 @@ def run_reference(ffn, ids, counts, activation):
 
 
 def magnitudes(ffn):
-    """What the outputs of all experts add up to at most: of pre-activations, not activations, without their signs."""
+    """What the terms of all experts' outputs add up to without their signs, pre-activations in activations' place."""
     wide = ffn.wide()
-    factors = [(wide.x @ wide.up.t() + wide.biases.get("up_bias", 0.0)).abs()]
+
+    def product(weight, name):
+        return wide.x.abs() @ weight.abs().t() + wide.biases.get(name, weight.new_zeros(())).abs()
+
+    hidden = product(wide.up, "up_bias")
     if wide.gate is not None:
-        factors.append((wide.x @ wide.gate.t() + wide.biases.get("gate_bias", 0.0)).abs())
-    return torch.stack(factors).prod(0) @ wide.down_t.abs()
+        hidden = hidden * product(wide.gate, "gate_bias")
+    return hidden @ wide.down_t.abs() + wide.biases.get("down_bias", hidden.new_zeros(())).abs()
 
 
 def naive(ffn, ids, counts, activation):
