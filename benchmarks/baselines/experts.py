@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import math
 import os
 import random
 from collections.abc import Sequence
@@ -214,14 +213,6 @@ class ThresholdMethod(ExpertMethod):
         self._table: dict[float, list[torch.Tensor]] = {}
         self._priorities: list[list[torch.Tensor]] | None = None
 
-    def before_step(self, progress: float) -> None:
-        super().before_step(progress)
-        # Layers differ around the budget, as in PrunePath's own training, since the thresholds may make them differ.
-        jitter = AnyBudgetConfig().layer_jitter
-        shares = [math.exp(self._draws.gauss(0.0, jitter)) for _ in self.ffns]
-        mean = sum(shares) / len(shares)
-        self.step_fractions = [min(1.0, self.step_budget * share / mean) for share in shares]
-
     def choose(self, ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             priority = self.priority(ffn, x, hidden).float()
@@ -230,7 +221,7 @@ class ThresholdMethod(ExpertMethod):
             if self.training:
                 if self.step_budget >= 1.0:
                     return torch.ones_like(priority, dtype=torch.bool)
-                return priority < batch_threshold(priority, valid, self.step_fractions[index])
+                return priority < batch_threshold(priority, valid, self.step_budget)
             if self._priorities is not None:
                 # The device would be full of all layers' priorities.
                 self._priorities[index].append(sample_values(priority, valid))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import random
 from collections.abc import Callable, Iterator
 
@@ -34,20 +33,15 @@ class AnyBudgetConfig:
     Args:
         dense_share: the share of steps that run densely, in [0, 1].
         min_budget: the other steps' budgets are uniform on a logarithmic scale between this and 1.
-        layer_jitter: standard deviation of the logarithm of each FFN's own active fraction around the step's budget,
-            which prepares the model for layers that differ; 0 gives all the same.
     """
 
     dense_share: float = 0.125
     min_budget: float = 0.05
-    layer_jitter: float = 0.3
 
     def __post_init__(self) -> None:
         check_fraction("min_budget", self.min_budget)
         if not 0.0 <= self.dense_share <= 1.0:
             raise PrunePathError(f"dense_share must be a number in [0, 1], got {self.dense_share!r}.")
-        if not 0.0 <= self.layer_jitter < math.inf:
-            raise PrunePathError(f"layer_jitter must be a number of at least 0, got {self.layer_jitter!r}.")
 
 
 class AnyBudget:
@@ -81,7 +75,6 @@ class AnyBudget:
         self._ffns = list(require_sparse_ffns(model).values())
         self._random = random.Random(seed)
         self._sample_start = 0
-        self._fractions = dict.fromkeys(self._ffns, 1.0)
         # Of passes since the last draw, by FFN and number of tokens: recomputing a pass must choose the same experts.
         self._choices: dict[tuple[SparseFFN, int], _Choice] = {}
         self._losses: dict[SparseFFN, torch.Tensor] = {}
@@ -125,16 +118,6 @@ class AnyBudget:
             self.budget = 1.0
         else:
             self.budget = config.min_budget ** self._random.random()
-        shares = {ffn: math.exp(self._random.gauss(0.0, config.layer_jitter)) for ffn in self._ffns}
-        # Each FFN gets its share of the neurons that the budget affords, and those that would get more than all of
-        # theirs leave the rest to the others.
-        affordable = self.budget * sum(ffn.intermediate_size for ffn in self._ffns)
-        wanted = sum(ffn.intermediate_size * share for ffn, share in shares.items())
-        for ffn, share in sorted(shares.items(), key=lambda item: item[1], reverse=True):
-            width = ffn.intermediate_size
-            self._fractions[ffn] = 1.0 if self.budget == 1.0 else min(1.0, affordable * share / wanted)
-            affordable -= width * self._fractions[ffn]
-            wanted -= width * share
         return self.budget
 
     def restart(self, draws: int = 0) -> None:
@@ -199,7 +182,6 @@ class AnyBudget:
         """A selector: bool [T, E]."""
         if not ffn.training:
             return ffn.select(x)[0]
-        fraction = self._fractions[ffn]
         choice = self._choices.get((ffn, len(x)))
         if choice is None:
             choice = self._choices[ffn, len(x)] = _Choice(_sample(ffn, x, self._sample_start))
@@ -207,11 +189,11 @@ class AnyBudget:
         with torch.no_grad():
             target = router_target(contributions(ffn, hidden[choice.tokens]))
         self._losses[ffn] = F.kl_div(sampled.log_softmax(-1), target, reduction="batchmean")
-        if fraction >= 1.0:
+        if self.budget >= 1.0:
             return torch.ones(len(x), ffn.num_experts, dtype=torch.bool, device=x.device)
         with torch.no_grad():
             if choice.threshold is None:
-                choice.threshold = mass_quantile(sampled[:THRESHOLD_TOKENS], fraction)
+                choice.threshold = mass_quantile(sampled[:THRESHOLD_TOKENS], self.budget)
             return select_at(ffn, ffn.router(x), choice.threshold)
 
 

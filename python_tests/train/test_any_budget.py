@@ -22,11 +22,10 @@ from prunepath.train.any_budget import (
 )
 
 
-@pytest.mark.parametrize("jitter,min_budget", [(0.0, 0.2), (0.5, 0.2), (0.5, 0.8)])
-def test_a_training_step_runs_at_the_drawn_budget(model, windows, jitter, min_budget):
+def test_a_training_step_runs_at_the_drawn_budget(model, windows):
     model.train()
     ids = windows(64, 3)
-    with AnyBudget(model, AnyBudgetConfig(dense_share=0.0, min_budget=min_budget, layer_jitter=jitter)) as any_budget:
+    with AnyBudget(model, AnyBudgetConfig(dense_share=0.0, min_budget=0.2)) as any_budget:
         for _ in range(5):
             budget = any_budget.draw()
             with prunepath.record_counts(model) as counts:
@@ -38,7 +37,7 @@ def test_padding_counts_neither_towards_a_budget_nor_for_routers(model, windows)
     model.train()
     ids = windows(64, 3)
     mask = (torch.arange(16) < 6).long().expand(64, 16)
-    config = AnyBudgetConfig(dense_share=0.0, min_budget=0.1, layer_jitter=0.0)
+    config = AnyBudgetConfig(dense_share=0.0, min_budget=0.1)
     losses = []
     for token in (0, 40):
         padded = torch.where(mask.bool(), ids, token)
