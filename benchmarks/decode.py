@@ -134,7 +134,7 @@ def build(
             elif parameter.dim() > 1:
                 parameter.normal_(0, WEIGHT_STD, generator=generator)
             else:
-                parameter.fill_(float(name.endswith("norm.weight")))
+                parameter.fill_(float(name.endswith(("norm.weight", "router.floor"))))
     if sparsity is not None:
         for ffn in prunepath.sparse_ffns(model).values():
             ffn.router.fit_scales()

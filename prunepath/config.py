@@ -153,6 +153,8 @@ class FineTuning:
             merged at the end, and `frozen` is nothing.
         lora_rank: rank of those updates (LoRA, arXiv 2106.09685).
         distillation_weight: weight of the divergence from the dense teacher in the loss; 0 uses none.
+        gradient_accumulation_steps: passes of a step, each with its share of the windows and a budget of its own.
+        gradient_checkpointing: keep each layer's inputs alone for the backward pass, and compute the rest again.
         seed: seed of the data's order and the drawn budgets.
         save_steps: an interrupted run goes on from the last multiple of this many steps.
     """
@@ -165,12 +167,21 @@ class FineTuning:
     backbone: Backbone = "full"
     lora_rank: int = 16
     distillation_weight: float = 1.0
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
     seed: int = 0
     save_steps: int = 100
 
     def __post_init__(self) -> None:
         _check_choice("backbone", self.backbone, BACKBONES)
-        for name in ("steps", "batch_size", "sequence_length", "lora_rank", "save_steps"):
+        for name in (
+            "steps",
+            "batch_size",
+            "sequence_length",
+            "lora_rank",
+            "gradient_accumulation_steps",
+            "save_steps",
+        ):
             _check_whole(name, getattr(self, name), 1)
         _check_whole("seed", self.seed, 0)
         _check_positive("learning_rate", self.learning_rate)

@@ -69,7 +69,7 @@ def finetune(
     sparsity = description_of(model).config
     _check_packages(config)
     _check_model(model)
-    _check_processes(config)
+    _windows_of_a_pass(config)
     folder = Path(folder)
     wanted = config.steps * config.batch_size * config.sequence_length
     held_out_tokens = _HELD_OUT_TOKENS + sparsity.calibration_tokens
@@ -128,11 +128,14 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _check_processes(config: FineTuning) -> None:
-    if config.batch_size % _num_processes():
+def _windows_of_a_pass(config: FineTuning) -> int:
+    windows, rest = divmod(config.batch_size, _num_processes() * config.gradient_accumulation_steps)
+    if rest:
         raise PrunePathError(
-            f"batch_size must be a multiple of the {_num_processes()} processes, got {config.batch_size}."
+            f"batch_size must be a multiple of the {_num_processes()} processes times gradient_accumulation_steps "
+            f"{config.gradient_accumulation_steps}, got {config.batch_size}."
         )
+    return windows
 
 
 def _check_packages(config: FineTuning) -> None:
@@ -200,7 +203,9 @@ def _train(
         TrainingArguments(
             output_dir=str(folder),
             max_steps=config.steps,
-            per_device_train_batch_size=config.batch_size // _num_processes(),
+            per_device_train_batch_size=_windows_of_a_pass(config),
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            gradient_checkpointing=config.gradient_checkpointing,
             learning_rate=config.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=max(1, config.steps // 20),

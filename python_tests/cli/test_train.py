@@ -102,7 +102,25 @@ def test_two_processes_write_one_checkpoint(sparse_folder, corpus, tmp_path):
 def test_train_refuses_a_batch_that_processes_cannot_share(refused, sparse_folder, corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     sentence = refused("train", sparse_folder, tmp_path / "out", "--data", corpus, *OPTIONS)
-    assert "multiple of the 3 processes, got 2" in sentence
+    assert "multiple of the 3 processes times gradient_accumulation_steps 1, got 2" in sentence
+
+
+def test_a_step_may_take_several_passes(prunepath_command, refused, sparse_folder, corpus, tmp_path, monkeypatch):
+    passes = []
+    compute_loss = AnyBudgetTrainer.compute_loss
+
+    def counting(trainer, model, inputs, *arguments, **keywords):
+        if model.training:
+            passes.append(len(inputs["input_ids"]))
+        return compute_loss(trainer, model, inputs, *arguments, **keywords)
+
+    monkeypatch.setattr(AnyBudgetTrainer, "compute_loss", counting)
+    options = ["--data", corpus, *OPTIONS, "--gradient-accumulation-steps", "2", "--gradient-checkpointing"]
+    options += ["--backbone", "lora", "--dtype", "bfloat16"]
+    result = prunepath_command("train", sparse_folder, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert passes == [1] * 8
+    refused("train", sparse_folder, tmp_path / "other", *options, "--batch-size", "3")
 
 
 def test_fine_tuning_on_text_is_for_causal_models(sparse_folder, tmp_path):

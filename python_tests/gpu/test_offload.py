@@ -212,6 +212,13 @@ def test_a_packed_checkpoint_can_be_offloaded(folder, tmp_path):
     assert torch.equal(decode(model, ids), expected)
 
 
+def generated(folder, *options):
+    command = [sys.executable, "-m", "prunepath.cli", "generate", folder, "def main(", "--max-new-tokens", "16"]
+    run = subprocess.run([*command, "--dtype", "float32", "--json", *options], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
 def test_the_command_line_says_where_ffns_are(make_sparse, tmp_path):
     from prunepath.demo.run import model_folder
 
@@ -220,9 +227,7 @@ def test_the_command_line_says_where_ffns_are(make_sparse, tmp_path):
     model = make_sparse(dense)
     prunepath.set_threshold(model, 0.5)
     prunepath.save(model, tokenizer, tmp_path / "sparse")
-    command = [sys.executable, "-m", "prunepath.cli", "generate", tmp_path / "sparse", "def main("]
-    command += ["--max-new-tokens", "16", "--dtype", "float32", "--json"]
-    plain = json.loads(subprocess.run([*command, "--device", "cuda"], capture_output=True, check=True).stdout)
-    offloaded = json.loads(subprocess.run([*command, "--gpu-experts", "4MB"], capture_output=True, check=True).stdout)
+    plain = generated(tmp_path / "sparse", "--device", "cuda")
+    offloaded = generated(tmp_path / "sparse", "--gpu-experts", "4MB")
     assert offloaded["text"] == plain["text"]
     assert 0 < offloaded["gpu_experts"]["gpu_bytes"] <= 4_000_000 < offloaded["gpu_experts"]["host_bytes"]
