@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/elements.h"
 #include "core/macros.h"
 
 namespace prunepath {
@@ -15,11 +16,6 @@ struct BFloat16 {
 
 struct Float16 {
   uint16_t bits;
-};
-
-// Two elements of 4 bits, whole numbers from -8 to 7: the even one in the low bits, each plus 8.
-struct Int4Pair {
-  uint8_t bits;
 };
 
 PRUNEPATH_HD float float_from_bits(uint32_t bits) {

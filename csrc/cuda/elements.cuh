@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/elements.h"
+
 namespace prunepath {
 
 constexpr int kWarp = 32;
@@ -43,11 +45,6 @@ __device__ __forceinline__ float parameter_at(const DeviceParameter& parameter, 
   return parameter.is_float ? static_cast<const float*>(parameter.data)[index]
                             : to_float(static_cast<const W*>(parameter.data)[index]);
 }
-
-// Two elements of 4 bits, whole numbers from -8 to 7: the even one in the low bits, each plus 8.
-struct Int4Pair {
-  uint8_t bits;
-};
 
 // Elements that a W holds.
 template <typename W>
