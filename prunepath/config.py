@@ -41,7 +41,8 @@ class PrunePathConfig:
         sequence_length: tokens of one calibration window.
         partition_tokens: calibration tokens whose activations group the neurons.
         router_tokens: calibration tokens that the routers train on.
-        router_learning_rate: peak learning rate of the routers' AdamW on standardised inputs.
+        router_learning_rate: peak learning rate of the routers' AdamW on standardised inputs; a tenth of it is a
+            factored router's, relative to its weights.
         calibration_tokens: tokens, held out from router training, that turn budgets into thresholds.
         autocast: run the backbone under torch.autocast in this dtype while converting; `none` does not. Routers always
             train in float32.
@@ -59,7 +60,7 @@ class PrunePathConfig:
     sequence_length: int = 256
     partition_tokens: int = 4096
     router_tokens: int = 32768
-    router_learning_rate: float = 0.2
+    router_learning_rate: float = 0.1
     calibration_tokens: int = 8192
     autocast: Autocast = "none"
 

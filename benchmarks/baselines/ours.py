@@ -29,7 +29,7 @@ class _SoftmaxRouted(ExpertMethod):
             training = RouterTraining(ffn, rate, self.settings.seed)
             chunks = x.split(1024)
             for i, chunk in enumerate(chunks):
-                training.schedule(i / len(chunks))
+                training.schedule(i / len(chunks), (i + 1) / len(chunks))
                 training.observe(chunk, ffn.hidden(chunk))
             training.finish()
             ffn.router.requires_grad_(True)

@@ -143,7 +143,8 @@ def _learn_routers(
     for index, batch in enumerate(data.training):
         if index >= done:
             inputs = backbone_inputs(batch)
-            train_routers(trainings, index / len(data.training), lambda inputs=inputs: model.base_model(**inputs))
+            part = (index / len(data.training), (index + 1) / len(data.training))
+            train_routers(trainings, part, lambda inputs=inputs: model.base_model(**inputs))
             if kept is not None and (kept.is_due() or index + 1 == len(data.training)):
                 orders = conversion.orders
                 found = {p: {"order": orders.get(f), "router": trainings[f].state_dict()} for p, f in ffns.items()}
@@ -237,14 +238,16 @@ class ConversionData:
         return sum(map(count_tokens, self.grouping))
 
 
-def train_routers(trainings: dict[SparseFFN, RouterTraining], progress: float, run: Callable[[], object]) -> None:
-    """Trains routers on what `run` sends densely through their FFNs, at the share `progress` of all training."""
+def train_routers(
+    trainings: dict[SparseFFN, RouterTraining], part: tuple[float, float], run: Callable[[], object]
+) -> None:
+    """Trains routers on what `run` sends densely through their FFNs: a part of all training, as shares of it."""
 
     def observe(ffn: SparseFFN, x: torch.Tensor, hidden: torch.Tensor) -> None:
         trainings[ffn].observe(x, hidden)
 
     for training in trainings.values():
-        training.schedule(progress)
+        training.schedule(*part)
     with observing_hidden(dict.fromkeys(trainings, observe)):
         run()
 

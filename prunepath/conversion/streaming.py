@@ -226,7 +226,8 @@ class _Stream:
         count = len(data.training)
         for position in range(len(tokens)):
             if position < count:
-                train_routers({ffn: training}, position / count, lambda p=position: tokens.advance_one(index, p))
+                part = (position / count, (position + 1) / count)
+                train_routers({ffn: training}, part, lambda p=position: tokens.advance_one(index, p))
             else:
                 tokens.advance_one(index, position)
         training.finish()

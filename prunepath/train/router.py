@@ -70,14 +70,14 @@ class RouterTraining:
         self.learning_rate = learning_rate
         self.seed = seed
         self.calls = 0
-        self.progress = 0.0
+        self.part = (0.0, 0.0)
         self.mean = self.std = self.optimizer = None
         self.weights: dict[str, torch.Tensor] = {}
         """The router's parameters by name, float32, in units of standardised inputs."""
 
-    def schedule(self, progress: float) -> None:
-        """Sets the learning rate for the share `progress` in [0, 1] of all tokens seen: warm-up, then cosine."""
-        self.progress = progress
+    def schedule(self, begin: float, end: float) -> None:
+        """Says which part of all its steps the next call makes, as shares in [0, 1]: warm-up, then cosine to zero."""
+        self.part = (begin, end)
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor, hidden: torch.Tensor) -> None:
@@ -87,13 +87,16 @@ class RouterTraining:
         with torch.autocast(x.device.type, enabled=False):
             if not self.is_begun:
                 self._begin(x)
-            factor = min(1.0, (self.progress + 1e-3) / _WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * self.progress))
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
             inputs = (x - self.mean) / self.std
             order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed + self.calls))
             self.calls += 1
-            for rows in order.to(x.device).split(_MINIBATCH):
+            minibatches = order.to(x.device).split(_MINIBATCH)
+            begin, end = self.part
+            for i, rows in enumerate(minibatches):
+                progress = begin + (end - begin) * i / len(minibatches)
+                factor = min(1.0, (progress + 1e-3) / _WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * progress))
+                for group in self.optimizer.param_groups:
+                    group["lr"] = group["peak"] * factor
                 self._step(inputs[rows], target[rows])
 
     def _begin(self, x: torch.Tensor) -> None:
