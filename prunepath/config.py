@@ -41,7 +41,7 @@ class PrunePathConfig:
         sequence_length: tokens of one calibration window.
         partition_tokens: calibration tokens whose activations group the neurons.
         router_tokens: calibration tokens that the routers train on.
-        router_learning_rate: peak learning rate of the routers' AdamW on standardised inputs; a tenth of it is a
+        router_learning_rate: peak learning rate of the routers' AdamW on standardised inputs; a fifth of it is a
             factored router's, relative to its weights.
         calibration_tokens: tokens, held out from router training, that turn budgets into thresholds.
         autocast: run the backbone under torch.autocast in this dtype while converting; `none` does not. Routers always

@@ -61,7 +61,7 @@ class RouterTraining:
 
     Args:
         ffn: whose router is trained, of the form and rank that it has.
-        learning_rate: peak learning rate of AdamW; a factored router's is a tenth of it.
+        learning_rate: peak learning rate of AdamW; a factored router's is a fifth of it.
         seed: of the initial W_in and the order of tokens.
     """
 
@@ -103,8 +103,8 @@ class RouterTraining:
         if self.ffn.router.factors:
             self.mean, self.std = torch.zeros_like(x[0]), torch.ones_like(x[0])
             weights = factored_weights(self.ffn, x, self.seed)
-            rates = {name: 0.1 * self.learning_rate * weight.square().mean().sqrt() for name, weight in weights.items()}
-            rates["log_scale"] = 0.1 * self.learning_rate
+            rates = {name: 0.2 * self.learning_rate * weight.square().mean().sqrt() for name, weight in weights.items()}
+            rates["log_scale"] = 0.2 * self.learning_rate
             # A bias moves by as much as what it is added to.
             rates["bias"] = rates["w_out"] * weights["w_out"].shape[1] ** 0.5
         else:

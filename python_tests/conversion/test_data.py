@@ -87,7 +87,11 @@ def test_padding_changes_nothing(kind, width):
     prunepath.convert(plain, None, batches(kind), config)
     prunepath.convert(padded, None, batches(kind, pad=9), config)
     for (path, a), b in zip(plain.state_dict().items(), padded.state_dict().values(), strict=True):
-        assert torch.allclose(a, b, atol=2e-3), path
+        if a.dtype == torch.uint8:  # two codes each, and a number near the middle of two codes may become either
+            codes, others = (torch.stack([t & 15, t >> 4]).int() for t in (a, b))
+            assert (codes - others).abs().max() <= 1 and (codes != others).float().mean() < 1e-3, path
+        else:
+            assert torch.allclose(a, b, atol=2e-3), path
     records = []
     for model, pad in ((plain, 0), (plain, 9)):
         prunepath.set_budget(model, 0.4)

@@ -95,7 +95,7 @@ def correlated(tokens, hidden=32, seed=1):
     return torch.randn(tokens, hidden, generator=generator) * torch.logspace(0.3, -1, hidden) @ basis * 0.5 + 0.3
 
 
-def trained(ffn, tokens=16384, rate=0.2):
+def trained(ffn, tokens=16384, rate=0.1):
     training = RouterTraining(ffn, rate)
     for step, batch in enumerate(correlated(tokens).split(2048)):
         training.schedule(step * 2048 / tokens, (step + 1) * 2048 / tokens)
@@ -133,7 +133,7 @@ def test_inputs_that_are_not_finite_are_refused():
     ffn, x = fine_ffn("factored", 16), correlated(64)
     x[3, 5] = torch.inf
     with pytest.raises(PrunePathError, match="finite inputs of every FFN"):
-        RouterTraining(ffn, 0.2).observe(x, ffn.hidden(x))
+        RouterTraining(ffn, 0.1).observe(x, ffn.hidden(x))
 
 
 def test_a_factored_router_does_not_mind_the_scale_of_the_ffn():
