@@ -32,7 +32,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import prunepath
 from prunepath.eval.files import write_json
 from prunepath.train.any_budget import distillation_loss, is_router
-from prunepath.train.trainer import AnyBudgetTrainer, predicted_positions
+from prunepath.train.trainer import AnyBudgetTrainer, dense_teacher, predicted_positions
 
 WARM_UP_STEPS = 2
 
@@ -40,7 +40,7 @@ WARM_UP_STEPS = 2
 class Distilled(Trainer):
     """Plain fine-tuning: the model's own loss, and the divergence from a frozen teacher."""
 
-    def __init__(self, model: nn.Module, arguments: TrainingArguments, teacher: nn.Module, **keywords) -> None:
+    def __init__(self, model: nn.Module, arguments: TrainingArguments, *, teacher: nn.Module, **keywords) -> None:
         super().__init__(model, arguments, **keywords)
         self.model_accepts_loss_kwargs = False
         self.teacher = teacher
@@ -76,17 +76,16 @@ def train(args: argparse.Namespace, model: nn.Module, windows: torch.Tensor) -> 
     """Trains a model, and measures that."""
     sparse = prunepath.is_sparse(model)
     cuda = args.device == "cuda"
-    teacher = None if sparse else prepare(args, sparse=False).requires_grad_(False)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not is_router(name))
+        parameter.requires_grad_(not args.lora_rank and not is_router(name))
+    # Before adapters surround the model, so that the teacher computes none.
+    teacher = None if sparse else dense_teacher(model, share_frozen=True)
     if args.lora_rank:
         import peft
 
         kept = {"modules_to_save": ["router"]} if sparse else {}
         config = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear", **kept)
         model = peft.get_peft_model(model, config)
-        if teacher is not None:
-            share(model.get_base_model(), teacher)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -105,8 +104,8 @@ def train(args: argparse.Namespace, model: nn.Module, windows: torch.Tensor) -> 
             logging_nan_inf_filter=False,
         )
         data = {"train_dataset": [{"input_ids": row, "labels": row} for row in windows], "callbacks": [clock]}
-        make = AnyBudgetTrainer if sparse else Distilled
-        trainer = make(model, arguments, **data) if sparse else make(model, arguments, teacher, **data)
+        kind = AnyBudgetTrainer if sparse else Distilled
+        trainer = kind(model, arguments, teacher=teacher, **data)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         mean_loss = trainer.train().training_loss
@@ -120,15 +119,6 @@ def train(args: argparse.Namespace, model: nn.Module, windows: torch.Tensor) -> 
         "tokens_per_second": args.windows * args.length / seconds,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
     }
-
-
-def share(model: nn.Module, teacher: nn.Module) -> None:
-    """Gives a teacher the frozen weights of a model with adapters, as `AnyBudgetTrainer` does."""
-    frozen = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if not p.requires_grad}
-    for name, _ in list(teacher.named_parameters()):
-        if name in frozen:
-            owner, _, own = name.rpartition(".")
-            setattr(teacher.get_submodule(owner), own, frozen[name])
 
 
 @torch.no_grad()

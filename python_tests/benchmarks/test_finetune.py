@@ -34,23 +34,3 @@ def test_both_train(options, tmp_path, monkeypatch):
     rows = json.loads(out.read_text())["rows"]
     assert [row["kind"] for row in rows] == ["dense, distilled", "any budget"]
     assert all(row["tokens_per_second"] > 0 for row in rows)
-
-
-def test_a_teacher_with_shared_weights_is_the_original(monkeypatch):
-    peft = pytest.importorskip("peft")
-    import argparse
-
-    import torch
-
-    monkeypatch.setitem(finetune.MODELS, "tiny", TINY)
-    args = argparse.Namespace(model="tiny", layers=None, dtype="float32", device="cpu")
-    model, teacher = (finetune.prepare(args, sparse=False) for _ in range(2))
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter.zero_()
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    finetune.share(adapted.get_base_model(), teacher)
-    ids = torch.arange(12)[None]
-    with adapted.disable_adapter():
-        torch.testing.assert_close(teacher(ids).logits, adapted(ids).logits)
-    assert not torch.equal(teacher(ids).logits, adapted(ids).logits)

@@ -81,17 +81,16 @@ def test_every_kind_of_model_obtains_its_budget(kind, ready, width):
 
 @pytest.mark.parametrize(("kind", "width"), [("llama", 1), ("llama", 8), ("t5", 1)])
 def test_padding_changes_nothing(kind, width):
-    """Neither partition, routers and thresholds, nor what is counted."""
-    config = dataclasses.replace(CONFIG, expert_width=width)
+    """Neither partition, routers and thresholds, nor what is counted.
+
+    Tables stay numbers: one of thousands may be near the middle of two codes of 4 bits, and become either.
+    """
+    config = dataclasses.replace(CONFIG, expert_width=width, router_bits=16)
     plain, padded = make_model(kind), make_model(kind)
     prunepath.convert(plain, None, batches(kind), config)
     prunepath.convert(padded, None, batches(kind, pad=9), config)
     for (path, a), b in zip(plain.state_dict().items(), padded.state_dict().values(), strict=True):
-        if a.dtype == torch.uint8:  # two codes each, and a number near the middle of two codes may become either
-            codes, others = (torch.stack([t & 15, t >> 4]).int() for t in (a, b))
-            assert (codes - others).abs().max() <= 1 and (codes != others).float().mean() < 1e-3, path
-        else:
-            assert torch.allclose(a, b, atol=2e-3), path
+        assert torch.allclose(a, b, atol=2e-3), path
     records = []
     for model, pad in ((plain, 0), (plain, 9)):
         prunepath.set_budget(model, 0.4)
