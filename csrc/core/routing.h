@@ -23,22 +23,38 @@ constexpr int32_t kMassC3 = -59368625;
 constexpr int32_t kMassC4 = 9885125;
 constexpr int32_t kMassC5 = -1017037;
 
-// About 2^30 * exp(z - max) as an integer; 0 for z = -inf. `max` is the largest logit of the row
-// and neither is NaN. Equal infinities have no difference, hence the comparison.
-PRUNEPATH_HD int64_t mass_units(float max, float z) {
+// How far an expert of logit z is behind the largest, in powers of two: Q20, at most 30. Not for NaN. Equal infinities
+// have no difference, hence the comparison.
+PRUNEPATH_HD int32_t mass_exponent(float max, float z) {
   const float t = z == max ? 0.0f : (max - z) * kLog2E;
   const float capped = t < kMassMaxExponent ? t : kMassMaxExponent;
-  const int32_t u = static_cast<int32_t>(capped * static_cast<float>(1 << kMassFractionBits));
-  const int32_t k = u >> kMassFractionBits;
-  const int64_t f = u & ((1 << kMassFractionBits) - 1);
-  int64_t a = kMassC5;
-  a = ((a * f) >> kMassFractionBits) + kMassC4;
-  a = ((a * f) >> kMassFractionBits) + kMassC3;
-  a = ((a * f) >> kMassFractionBits) + kMassC2;
-  a = ((a * f) >> kMassFractionBits) + kMassC1;
-  a = ((a * f) >> kMassFractionBits) + kMassC0;
+  return static_cast<int32_t>(capped * static_cast<float>(1 << kMassFractionBits));
+}
+
+// (a * f) >> 20, where |a| < 2^30 and 0 <= f < 2^20.
+PRUNEPATH_HD int32_t multiply_fraction(int32_t a, int32_t f) {
+#ifdef __CUDA_ARCH__
+  return __mulhi(2 * a, f << 11);
+#else
+  return static_cast<int32_t>((int64_t{a} * f) >> kMassFractionBits);
+#endif
+}
+
+// About 2^(30 - exponent) as an integer.
+PRUNEPATH_HD int64_t mass_at(int32_t exponent) {
+  const int32_t k = exponent >> kMassFractionBits;
+  const int32_t f = exponent & ((1 << kMassFractionBits) - 1);
+  int32_t a = kMassC5;
+  a = multiply_fraction(a, f) + kMassC4;
+  a = multiply_fraction(a, f) + kMassC3;
+  a = multiply_fraction(a, f) + kMassC2;
+  a = multiply_fraction(a, f) + kMassC1;
+  a = multiply_fraction(a, f) + kMassC0;
   return a >> k;
 }
+
+// About 2^30 * exp(z - max) as an integer; 0 for z = -inf. `max` is the largest logit of the row and neither is NaN.
+PRUNEPATH_HD int64_t mass_units(float max, float z) { return mass_at(mass_exponent(max, z)); }
 
 // A logit's place in the order of routing: more for a larger logit, equal for -0 and +0, never 0.
 // Not for NaN.
