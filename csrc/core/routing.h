@@ -23,8 +23,8 @@ constexpr int32_t kMassC3 = -59368625;
 constexpr int32_t kMassC4 = 9885125;
 constexpr int32_t kMassC5 = -1017037;
 
-// How far an expert of logit z is behind the largest, in powers of two: Q20, at most 30. Not for NaN. Equal infinities
-// have no difference, hence the comparison.
+// How far an expert of logit z is behind the largest, in powers of two: Q20, at most 30. Not for
+// NaN. Equal infinities have no difference, hence the comparison.
 PRUNEPATH_HD int32_t mass_exponent(float max, float z) {
   const float t = z == max ? 0.0f : (max - z) * kLog2E;
   const float capped = t < kMassMaxExponent ? t : kMassMaxExponent;
@@ -53,7 +53,8 @@ PRUNEPATH_HD int64_t mass_at(int32_t exponent) {
   return a >> k;
 }
 
-// About 2^30 * exp(z - max) as an integer; 0 for z = -inf. `max` is the largest logit of the row and neither is NaN.
+// About 2^30 * exp(z - max) as an integer; 0 for z = -inf. `max` is the largest logit of the row
+// and neither is NaN.
 PRUNEPATH_HD int64_t mass_units(float max, float z) { return mass_at(mass_exponent(max, z)); }
 
 // A logit's place in the order of routing: more for a larger logit, equal for -0 and +0, never 0.

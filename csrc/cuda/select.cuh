@@ -234,8 +234,8 @@ __device__ Cutoff find_cutoff(LogitRow<Element>& row, float threshold, int32_t m
     }
     if (is_whole) {
       low = static_cast<uint64_t>(~block_max<kThreads>(~bin_least)) << kIndexBits;
-      high = static_cast<uint64_t>(block_max<kThreads>(bin_greatest)) << kIndexBits |
-             (row.size - 1);
+      high =
+          static_cast<uint64_t>(block_max<kThreads>(bin_greatest)) << kIndexBits | (row.size - 1);
     }
   }
 }
