@@ -300,7 +300,8 @@ __global__ void __launch_bounds__(kLargeBlock) list_kernel(const FfnArgs args) {
 
 // A block for each token. A single one makes the list too.
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads) select_kernel(const FfnArgs args, const Router router) {
+__global__ void __launch_bounds__(kThreads, 1)
+    select_kernel(const FfnArgs args, const Router router) {
   __shared__ uint64_t scratch[kNumBins<kThreads>];
   const int token = blockIdx.x;
   const int E = args.num_experts;
